@@ -1,0 +1,792 @@
+"""Parts and a table to arrays: the only room that sees a data frame.
+
+`build_design` evaluates the variables of a formula, drops incomplete rows and codes the model
+matrices X and z exactly as R and lme4 do: same columns, names, order. What was learned from the
+data (levels, polynomials, centres) is kept in a `DesignSpec`, which codes new data alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lmmjax.errors import DataError, DesignError
+from lmmjax.evaluate import (
+    FACTOR_CALLS,
+    Evaluator,
+    Factor,
+    Logical,
+    Matrix,
+    cross,
+    is_missing,
+    to_factor,
+)
+from lmmjax.expr import Call, Name, Node, deparse, names_in, parse_expr
+from lmmjax.formula import Bar, ParsedFormula, Terms, expand, parse
+from lmmjax.rank import clearly_independent, independent_columns
+from lmmjax.table import Table
+from lmmjax.terms import CONTRASTS, Coding, centrable, encode
+
+__all__ = [
+    "Design",
+    "DesignSpec",
+    "NewDesign",
+    "NewTerm",
+    "Term",
+    "build_design",
+    "check_identifiable",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One random-effects term.
+
+    Attributes
+    ----------
+    group : str
+        Grouping factor as lme4 names it: ``"Subject"``, ``"cask:batch"``.
+    names : tuple of str, length S
+        R's names of the columns: ``("(Intercept)", "Days")``.
+    cov : str
+        Covariance of the effects of a level: ``us diag hom cs homcs``.
+    z : (n, S) float64, Fortran order
+        Columns, not multiplied out over the levels.
+    codes : (n,) int32
+        Level of each row, 0 ... J-1.
+    levels : (J,) array of str
+        Levels present, in level order.
+    """
+
+    group: str
+    names: tuple[str, ...]
+    cov: str
+    z: np.ndarray
+    codes: np.ndarray
+    levels: np.ndarray
+
+
+class NewTerm(NamedTuple):
+    """A random-effects term on new data; codes are -1 for a level that was not in training."""
+
+    z: np.ndarray
+    codes: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class NewDesign:
+    """The model matrices on new data.
+
+    Attributes
+    ----------
+    X : (m, p) float64
+        The columns of the training X; a row with a missing value is NaN.
+    offset : (m,) float64
+    terms : tuple of NewTerm
+        As in training; empty if ``random=False``.
+    rows : pandas.Index
+        Row labels of the new data. No row is dropped.
+    """
+
+    X: np.ndarray
+    offset: np.ndarray
+    terms: tuple[NewTerm, ...]
+    rows: pd.Index
+
+
+@dataclass(frozen=True, eq=False)
+class RandomSpec:
+    """What a random-effects term has learned: its columns and levels."""
+
+    bar: Bar
+    terms: Terms
+    codings: dict[str, Coding]
+    names: tuple[str, ...]
+    levels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class DesignSpec:
+    """All that training taught: repeats the same coding on new data. Picklable.
+
+    Attributes
+    ----------
+    parsed : ParsedFormula
+    codings : dict of Coding
+        Of the fixed variables, by R's text.
+    random : tuple of RandomSpec
+    states : dict
+        Learned state of the transforms, by R's text.
+    keep : (P,) bool
+        Columns of the full model matrix that are not aliased.
+    levels : dict of str to tuple of str or None
+        Raw columns of the fixed part: levels present in training, None if numeric.
+    offset : Node, ``"array"`` or None
+        Where the argument ``offset=`` came from.
+    safe : bool
+    """
+
+    parsed: ParsedFormula
+    codings: dict[str, Coding]
+    random: tuple[RandomSpec, ...]
+    states: dict[str, Any]
+    keep: np.ndarray
+    levels: dict[str, tuple[str, ...] | None]
+    offset: Node | str | None
+    safe: bool
+
+    @property
+    def term_variables(self) -> dict[str, tuple[str, ...]]:
+        """Variables of each fixed term, by term label (the intercept has none)."""
+        terms = self.parsed.terms
+        start = {"(Intercept)": ()} if terms.intercept else {}
+        return start | {
+            label: tuple(terms.variables[v] for v in term)
+            for label, term in zip(terms.labels, terms.terms, strict=True)
+        }
+
+    def new(self, newdata: Any, *, random: bool = True, offset: Any = None) -> NewDesign:
+        """Code new data with the levels, centres and polynomials of training.
+
+        Parameters
+        ----------
+        newdata : table
+            As for `build_design`; the response is not needed.
+        random : bool
+            Whether to code the random-effects terms (their columns are needed then).
+        offset : (m,) array, optional
+            Needed if the model was fitted with an array as offset; stands in for the offset
+            column otherwise.
+
+        Returns
+        -------
+        NewDesign
+
+        Raises
+        ------
+        DataError
+            A column or the offset is lacking, a level of a fixed factor was not in training, or
+            a value is infinite.
+
+        Notes
+        -----
+        O(m (p + S)). Missing values give NaN rows, not fewer rows.
+        """
+        table = Table(newdata, "newdata")
+        terms = self.random if random else ()
+        source = self._offset_source(offset, table.names)
+        nodes = [*self.parsed.terms.nodes, *self.parsed.offset_nodes]
+        nodes += [source] if isinstance(source, Name | Call) else []
+        nodes += [node for r in terms for node in (*r.terms.nodes, *r.bar.factors)]
+        columns = table.read(nodes)
+        evaluator = Evaluator(columns, len(table), self.states, learn=False, safe=self.safe)
+        X = _new_matrix(self.parsed.terms, self.codings, evaluator)
+        total = np.zeros(len(table))
+        for node in self.parsed.offset_nodes:
+            total = total + _numbers(evaluator, node, "offset")
+        if source is not None:
+            total = total + _side_values(source, evaluator, "offset")
+        return NewDesign(
+            X=X if self.keep.all() else X[:, self.keep],
+            offset=total,
+            terms=tuple(_new_term(r, evaluator) for r in terms),
+            rows=table.rows,
+        )
+
+    def _offset_source(self, given: Any, names: list[str]) -> Any:
+        if given is not None:
+            if self.offset is None:
+                raise DataError(
+                    "found offset= for new data, but the model was fitted without offset=; "
+                    "leave it out."
+                )
+            return _side_source(given, "offset", names)
+        if isinstance(self.offset, str):
+            raise DataError(
+                "found no offset for new data; the model was fitted with an array as offset=, so "
+                "give offset= with one value per row of newdata."
+            )
+        return self.offset
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """Arrays of a linear mixed model, with their labels.
+
+    Attributes
+    ----------
+    formula : str
+        The text as given.
+    response : str
+        The left side as R prints it.
+    y : (n,) float64
+        Response; the offset is not subtracted.
+    X : (n, p) float64, Fortran order
+        Fixed-effects columns, of full column rank.
+    x_names : tuple of str, length p
+        R's names: ``MachineB``, ``recipeB:temperature.L``.
+    x_terms : tuple of str
+        Labels of the fixed terms, ``"(Intercept)"`` first if present.
+    x_assign : (p,) int64
+        Index into `x_terms` of each column.
+    aliased : tuple of str
+        Columns dropped because they depend on those before them.
+    offset, weights : (n,) float64
+        Sum of all offsets (zeros if none), weights (ones if none).
+    has_offset, has_weights : bool
+    terms : tuple of Term
+        Random-effects terms in formula order.
+    rows : pandas.Index
+        Row labels (positions for tables without labels) of the rows used.
+    n_dropped : int
+        Incomplete rows left out.
+    missing : dict of str to int
+        Variable -> rows in which it is missing.
+    spec : DesignSpec
+    """
+
+    formula: str
+    response: str
+    y: np.ndarray
+    X: np.ndarray
+    x_names: tuple[str, ...]
+    x_terms: tuple[str, ...]
+    x_assign: np.ndarray
+    aliased: tuple[str, ...]
+    offset: np.ndarray
+    weights: np.ndarray
+    has_offset: bool
+    has_weights: bool
+    terms: tuple[Term, ...]
+    rows: pd.Index
+    n_dropped: int
+    missing: dict[str, int]
+    spec: DesignSpec = field(repr=False)
+
+    @property
+    def n(self) -> int:
+        """Rows used."""
+        return self.X.shape[0]
+
+    @property
+    def p(self) -> int:
+        """Fixed effects."""
+        return self.X.shape[1]
+
+
+def build_design(
+    formula: str,
+    data: Any,
+    *,
+    weights: Any = None,
+    offset: Any = None,
+    contrasts: Mapping[str, str] | None = None,
+    missing: str = "drop",
+    safe: bool = False,
+) -> Design:
+    """Build the arrays of a linear mixed model from a formula and a table.
+
+    Parameters
+    ----------
+    formula : str
+        R and lme4 syntax. Formulas are evaluated: besides R's functions they can call NumPy's as
+        ``np.name(...)``. Give ``safe=True`` for formulas of unknown origin.
+    data : table
+        pandas, polars, pyarrow or another table that narwhals knows, or a dict of columns.
+    weights : str or (n,) array, optional
+        Precision weights, > 0; a column, an expression such as ``"1/v"``, or values by row.
+    offset : str or (n,) array, optional
+        Added to the offsets of the formula.
+    contrasts : dict, optional
+        ``{"f": "treatment" | "sum" | "helmert" | "poly"}`` for factors of the fixed part; default
+        treatment, poly for ordered categoricals. As in lme4, random effects keep the default.
+    missing : {"drop", "raise"}
+        What to do with rows that lack a value of any variable used.
+    safe : bool
+        Allow only arithmetic and the fixed list of R functions.
+
+    Returns
+    -------
+    Design
+
+    Raises
+    ------
+    FormulaError
+        Malformed formula or unknown function.
+    DataError
+        Unknown columns, wrong types, infinite values, missing values with ``missing="raise"``,
+        weights that are not positive, a constant response.
+    DesignError
+        No rows left, a grouping factor with one level, bad contrasts.
+
+    Notes
+    -----
+    Levels are those of a categorical or Enum column in order, sorted for text (by code point, as R
+    in the C locale), and numerical for numbers; unused levels are dropped. Columns of X that depend
+    on earlier ones are dropped as by R's ``lm``, judged after centring. As in R, transforms such as
+    ``scale(x)`` learn from all rows that have x. O(n (p^2 + S)) plus sorting of levels.
+
+    Examples
+    --------
+    >>> data = {"y": [1.0, 2.0, 4.0, 3.0], "x": [0, 1, 0, 1], "g": ["a", "a", "b", "b"]}
+    >>> design = build_design("y ~ x + (1 | g)", data)
+    >>> design.x_names, design.terms[0].names, list(design.terms[0].levels)
+    (('(Intercept)', 'x'), ('(Intercept)',), ['a', 'b'])
+    """
+    if missing not in ("drop", "raise"):
+        raise DataError(f'found missing={missing!r}; expected "drop" or "raise".')
+    parsed = parse(formula)
+    raw = _evaluate(parsed, Table(data), weights, offset, safe)
+    keep = _complete_rows(raw, missing)
+    design = _assemble(parsed, raw.take(keep), {} if contrasts is None else contrasts, safe)
+    _check_terms(design)
+    return design
+
+
+# Evaluation -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Raw:
+    """Evaluated variables of a training table."""
+
+    response: str
+    rows: pd.Index
+    y: np.ndarray
+    values: dict[str, Any]
+    group_names: tuple[str, ...]
+    groups: tuple[Factor, ...]
+    offset: np.ndarray | None
+    weights: np.ndarray | None
+    offset_source: Any
+    columns: dict[str, pd.Series]
+    raw_fixed: tuple[str, ...]
+    states: dict[str, Any]
+    missing: dict[str, int] = field(default_factory=dict)
+    n_dropped: int = 0
+
+    def take(self, keep: tuple[np.ndarray | None, dict[str, int]]) -> _Raw:
+        """Keep the complete rows and drop unused levels."""
+        mask, missing = keep
+        return replace(
+            self,
+            rows=self.rows if mask is None else self.rows[mask],
+            y=_take(self.y, mask),
+            values={name: _take(value, mask) for name, value in self.values.items()},
+            groups=tuple(group.take(mask) for group in self.groups),
+            offset=_take(self.offset, mask),
+            weights=_take(self.weights, mask),
+            columns=self.columns if mask is None else {k: c[mask] for k, c in self.columns.items()},
+            missing=missing,
+            n_dropped=0 if mask is None else int(mask.size - mask.sum()),
+        )
+
+
+def _take(value: Any, mask: np.ndarray | None) -> Any:
+    if isinstance(value, Factor):
+        return value.take(mask)
+    if value is None or mask is None:
+        return value
+    if isinstance(value, Logical | Matrix):
+        return type(value)(value.values[mask])
+    return value[mask]
+
+
+def _evaluate(parsed: ParsedFormula, table: Table, weights: Any, offset: Any, safe: bool) -> _Raw:
+    w_source = _side_source(weights, "weights", table.names)
+    o_source = _side_source(offset, "offset", table.names)
+    bars = [(bar, expand(bar.expr, parsed.text)) for bar in parsed.bars]
+    random = [node for bar, terms in bars for node in (*terms.nodes, *bar.factors)]
+    nodes = [parsed.response_node, *parsed.terms.nodes, *parsed.offset_nodes, *random]
+    nodes += [source for source in (w_source, o_source) if isinstance(source, Name | Call)]
+    columns = table.read(nodes)
+    ev = Evaluator(columns, len(table), {}, learn=True, safe=safe)
+    values = {deparse(node): ev.variable(node) for node in parsed.terms.nodes}
+    for _, terms in bars:
+        values.update({deparse(n): ev.variable(n) for n in terms.nodes if deparse(n) not in values})
+    offsets = [_numbers(ev, node, "offset") for node in parsed.offset_nodes]
+    if o_source is not None:
+        offsets.append(_side_values(o_source, ev, "offset"))
+    return _Raw(
+        response=parsed.response,
+        rows=table.rows,
+        y=_response(ev, parsed),
+        values=values,
+        group_names=tuple(bar.group for bar in parsed.bars),
+        groups=_all_groups(parsed.bars, ev),
+        offset=np.sum(offsets, axis=0) if offsets else None,
+        weights=None if w_source is None else _side_values(w_source, ev, "weights"),
+        offset_source="array" if isinstance(o_source, np.ndarray) else o_source,
+        columns=columns,
+        raw_fixed=tuple(_columns_of(parsed.terms.nodes, columns)),
+        states=ev.states,
+    )
+
+
+def _columns_of(nodes: Iterable[Node], columns: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the columns that the expressions read, once each."""
+    seen = dict.fromkeys(name.id for node in nodes for name in names_in(node))
+    yield from (name for name in seen if name in columns)
+
+
+def _all_groups(bars: tuple[Bar, ...], ev: Evaluator) -> tuple[Factor, ...]:
+    """Code each distinct grouping factor once."""
+    made: dict[str, Factor] = {}
+    for bar in bars:
+        if bar.group not in made:
+            made[bar.group] = _group(bar, ev)
+    return tuple(made[bar.group] for bar in bars)
+
+
+def _group(bar: Bar, ev: Evaluator) -> Factor:
+    return cross([ev.factor(node) for node in bar.factors], bar.group)
+
+
+def _response(ev: Evaluator, parsed: ParsedFormula) -> np.ndarray:
+    value = ev.variable(parsed.response_node)
+    if isinstance(value, Factor):
+        raise DataError(
+            f"found text or a categorical as response {parsed.response}; expected numbers."
+        )
+    if isinstance(value, Matrix):
+        raise DataError(f"found several columns as response {parsed.response}; expected one.")
+    return value.values if isinstance(value, Logical) else value
+
+
+def _numbers(ev: Evaluator, node: Node, what: str) -> np.ndarray:
+    value = np.asarray(ev.numeric(node), float)
+    if value.shape not in ((), (ev.n,)):
+        raise DataError(f"found several columns as {what}; expected one number a row.")
+    return np.broadcast_to(value, (ev.n,))
+
+
+def _side_source(given: Any, what: str, names: list[str]) -> Any:
+    """Turn ``weights=`` or ``offset=`` into an expression, an array or None."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        is_name = given in names or not any(c in given for c in "()*/^`")
+        return Name(given) if is_name else parse_expr(given)
+    array = np.asarray(given.to_numpy() if hasattr(given, "to_numpy") else given)
+    if array.ndim != 1 or array.dtype.kind not in "biufO":
+        raise DataError(
+            f"found {type(given).__name__} as {what}; expected a column name or one number a row."
+        )
+    return pd.to_numeric(pd.Series(array)).to_numpy(np.float64, na_value=np.nan, copy=True)
+
+
+def _side_values(source: Any, ev: Evaluator, what: str) -> np.ndarray:
+    if not isinstance(source, np.ndarray):
+        return _numbers(ev, source, what)
+    if source.size != ev.n:
+        raise DataError(
+            f"found {source.size} values in {what} and {ev.n} rows in the table; give one per row."
+        )
+    return source
+
+
+# Missing values -------------------------------------------------------------------------------
+
+
+def _complete_rows(raw: _Raw, option: str) -> tuple[np.ndarray | None, dict[str, int]]:
+    """Return the mask of complete rows (None if all are) and the counts by variable."""
+    dropped = np.zeros(len(raw.rows), bool)
+    counts: dict[str, int] = {}
+    for name, series in raw.columns.items():
+        _count(counts, dropped, name, series.isna().to_numpy())
+    # Values that only arise in evaluation: log of a negative number, or arrays given beside.
+    before = dropped.copy()
+    for name, value in _evaluated(raw):
+        _count(counts, dropped, name, is_missing(value) & ~before)
+    if counts and option == "raise":
+        shown = ", ".join(f"{name} ({count})" for name, count in counts.items())
+        raise DataError(
+            f'found missing values in {int(dropped.sum())} rows: {shown}; missing="raise" expects '
+            'none. Fill or remove them, or use missing="drop".'
+        )
+    if dropped.all():
+        shown = ", ".join(f"{name} ({count})" for name, count in counts.items())
+        detail = f" (missing values: {shown})" if counts else ""
+        raise DesignError(f"found no complete row in {dropped.size} rows{detail}; check the data.")
+    return (~dropped if counts else None), counts
+
+
+def _evaluated(raw: _Raw) -> Iterator[tuple[str, Any]]:
+    yield raw.response, raw.y
+    yield from raw.values.items()
+    yield from dict(zip(raw.group_names, raw.groups, strict=True)).items()
+    if raw.offset is not None:
+        yield "offset", raw.offset
+    if raw.weights is not None:
+        yield "weights", raw.weights
+
+
+def _count(counts: dict[str, int], dropped: np.ndarray, name: str, rows: np.ndarray) -> None:
+    number = int(np.count_nonzero(rows))
+    if number:
+        counts[name] = counts.get(name, 0) + number
+        dropped |= rows
+
+
+# Coding ---------------------------------------------------------------------------------------
+
+
+def _assemble(parsed: ParsedFormula, raw: _Raw, contrasts: Any, safe: bool) -> Design:
+    for name, value in _evaluated(raw):
+        _check_finite(value, name)
+    n = len(raw.rows)
+    fixed = _codings(parsed.terms, raw.values, _check_contrasts(contrasts, parsed, raw.values))
+    arrays = {name: _array(value) for name, value in raw.values.items()}
+    full = encode(parsed.terms, fixed, arrays, n)
+    keep = _full_rank(parsed.terms, fixed, arrays, full.X)
+    pairs = [
+        _term(bar, group, raw.values, arrays, parsed.text)
+        for bar, group in zip(parsed.bars, raw.groups, strict=True)
+    ]
+    offset = np.zeros(n) if raw.offset is None else np.array(raw.offset)
+    weights = np.ones(n) if raw.weights is None else np.array(raw.weights)
+    _check_response(raw.y, offset, parsed.response)
+    _check_weights(weights, raw.rows)
+    spec = DesignSpec(
+        parsed=parsed,
+        codings=fixed,
+        random=tuple(spec for _, spec in pairs),
+        states=raw.states,
+        keep=keep,
+        levels=_raw_levels(raw),
+        offset=raw.offset_source,
+        safe=safe,
+    )
+    intercept = parsed.terms.intercept
+    return Design(
+        formula=parsed.text,
+        response=parsed.response,
+        y=np.array(raw.y),  # may be the caller's memory
+        X=full.X if keep.all() else np.asfortranarray(full.X[:, keep]),
+        x_names=tuple(name for name, kept in zip(full.names, keep, strict=True) if kept),
+        x_terms=(("(Intercept)",) if intercept else ()) + parsed.terms.labels,
+        x_assign=full.assign[keep] - (0 if intercept else 1),
+        aliased=tuple(name for name, kept in zip(full.names, keep, strict=True) if not kept),
+        offset=offset,
+        weights=weights,
+        has_offset=raw.offset is not None,
+        has_weights=raw.weights is not None,
+        terms=tuple(term for term, _ in pairs),
+        rows=raw.rows,
+        n_dropped=raw.n_dropped,
+        missing=raw.missing,
+        spec=spec,
+    )
+
+
+def _term(
+    bar: Bar, group: Factor, values: Mapping[str, Any], arrays: Mapping[str, Any], text: str
+) -> tuple[Term, RandomSpec]:
+    terms = expand(bar.expr, text)
+    codings = _codings(terms, values, {})  # lme4 applies contrasts= to the fixed part only
+    encoded = encode(terms, codings, arrays, len(group.codes))
+    term = Term(bar.group, encoded.names, bar.cov, encoded.X, group.codes, group.levels)
+    return term, RandomSpec(bar, terms, codings, encoded.names, group.levels)
+
+
+def _codings(
+    terms: Terms, values: Mapping[str, Any], contrasts: Mapping[str, str]
+) -> dict[str, Coding]:
+    codings = {}
+    for name, node in zip(terms.variables, terms.nodes, strict=True):
+        kinds = [kind for key, kind in contrasts.items() if key in (name, _coded_column(node))]
+        codings[name] = _coding(name, values[name], kinds[0] if kinds else None)
+        if kinds and codings[name].levels is None:
+            raise DesignError(
+                f"found contrasts for {name}, which is numeric; use factor({name}) or leave it out."
+            )
+    return codings
+
+
+def _coded_column(node: Node) -> str | None:
+    """Return ``f`` of ``f``, ``factor(f)`` or ``relevel(f, ...)``."""
+    if isinstance(node, Call) and node.fn in FACTOR_CALLS and node.args:
+        node = node.args[0]
+    return node.id if isinstance(node, Name) else None
+
+
+def _check_contrasts(contrasts: Any, parsed: ParsedFormula, values: Iterable[str]) -> dict:
+    """Normalise ``contr.sum`` to ``sum``; contrasts of a variable without fixed effect are idle."""
+    if not isinstance(contrasts, Mapping):
+        raise DesignError(f'found contrasts={contrasts!r}; expected a dict such as {{"f": "sum"}}.')
+    factors = [node for bar in parsed.bars for node in bar.factors]
+    known = {*values, *map(deparse, factors)}
+    known |= {name.id for node in (*parsed.terms.nodes, *factors) for name in names_in(node)}
+    kinds = {}
+    for key, kind in contrasts.items():
+        if key not in known:
+            raise DesignError(
+                f"found contrasts for {key!r}, which the formula does not use; expected one of "
+                f"{', '.join(sorted(known)) or '(no factor)'}."
+            )
+        kinds[key] = kind.removeprefix("contr.") if isinstance(kind, str) else kind
+        if not isinstance(kinds[key], str) or kinds[key] not in CONTRASTS:
+            raise DesignError(
+                f"found contrasts {kind!r} for {key}; expected one of {', '.join(CONTRASTS)}."
+            )
+    return kinds
+
+
+def _coding(name: str, value: Any, contrast: str | None) -> Coding:
+    if isinstance(value, Logical):
+        value = to_factor(value)
+    if isinstance(value, Factor):
+        default = "poly" if value.ordered else "treatment"
+        return Coding(name, value.levels, contrast or default)
+    if isinstance(value, Matrix):
+        return Coding(name, width=value.values.shape[1])
+    return Coding(name)
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, Logical):
+        value = to_factor(value)
+    if isinstance(value, Factor):
+        return value.codes
+    return value.values if isinstance(value, Matrix) else value
+
+
+def _raw_levels(raw: _Raw) -> dict[str, tuple[str, ...] | None]:
+    """Levels of the raw columns of the fixed part, for reference grids."""
+    n = len(raw.rows)
+    ev = Evaluator(raw.columns, n, {}, learn=False, safe=True)
+    levels: dict[str, tuple[str, ...] | None] = {}
+    for name in raw.raw_fixed:
+        value = ev.column(name)
+        is_factor = isinstance(value, Factor | Logical)
+        levels[name] = tuple(to_factor(value).take(None).levels) if is_factor else None
+    return levels
+
+
+def _full_rank(
+    terms: Terms, codings: dict[str, Coding], arrays: dict[str, np.ndarray], X: np.ndarray
+) -> np.ndarray:
+    """Return which columns of X are kept; a closer look only where dependence is possible."""
+    if clearly_independent(X, terms.intercept):
+        return np.ones(X.shape[1], bool)
+    centred = dict(arrays)
+    for name in centrable(terms, codings):
+        values = arrays[name] - arrays[name][0]
+        centred[name] = values - values.mean(axis=0)
+    # Centring each variable leaves the column space alone, but x1e8 no longer looks constant.
+    judged = encode(terms, codings, centred, X.shape[0]).X
+    return independent_columns(judged, terms.intercept)
+
+
+# New data -------------------------------------------------------------------------------------
+
+
+def _new_matrix(terms: Terms, codings: dict[str, Coding], ev: Evaluator) -> np.ndarray:
+    arrays = {
+        name: _new_array(codings[name], ev.variable(node))
+        for name, node in zip(terms.variables, terms.nodes, strict=True)
+    }
+    return encode(terms, codings, arrays, ev.n).X
+
+
+def _new_array(coding: Coding, value: Any) -> np.ndarray:
+    if coding.levels is not None:
+        return _match(to_factor(value), coding.levels, coding.name)
+    if isinstance(value, Factor | Logical):
+        raise DataError(
+            f"found text, booleans or a categorical in {coding.name} of newdata; expected numbers, "
+            "as in training."
+        )
+    _check_finite(value, coding.name)
+    return _array(value)
+
+
+def _match(factor: Factor, levels: np.ndarray, name: str) -> np.ndarray:
+    """Translate codes to those of training."""
+    used = factor.take(None)
+    place = pd.Index(levels).get_indexer(pd.Index(used.levels)).astype(np.int32)
+    if np.any(place < 0):
+        raise DataError(
+            f"found level {used.levels[place < 0][0]!r} of {name} in newdata, which was not in "
+            f"training; expected one of {', '.join(levels)}."
+        )
+    return np.append(place, np.int32(-1))[used.codes]
+
+
+def _new_term(spec: RandomSpec, ev: Evaluator) -> NewTerm:
+    factor = _group(spec.bar, ev)
+    place = pd.Index(spec.levels).get_indexer(pd.Index(factor.levels)).astype(np.int32)
+    codes = np.append(place, np.int32(-1))[factor.codes]
+    labels = np.append(factor.levels, np.array(["NA"], dtype=object))[factor.codes]
+    return NewTerm(_new_matrix(spec.terms, spec.codings, ev), codes, labels)
+
+
+# Checks ---------------------------------------------------------------------------------------
+
+
+def _check_finite(value: Any, name: str) -> None:
+    if isinstance(value, Factor):
+        return
+    values = value if isinstance(value, np.ndarray) else value.values
+    number = int(np.count_nonzero(np.isinf(values)))
+    if number:
+        raise DataError(
+            f"found {number} infinite values in {name}; expected finite numbers. Remove these "
+            "rows, or mark them as missing."
+        )
+
+
+def _check_response(y: np.ndarray, offset: np.ndarray, name: str) -> None:
+    rest = y - offset
+    if np.all(rest == rest[0]):
+        what = "response minus offset" if np.any(offset) else "response"
+        raise DataError(
+            f"found a constant {what} ({name}: {rest[0]:g} in all {rest.size} rows); expected "
+            "numbers that vary. Check the column."
+        )
+
+
+def _check_weights(weights: np.ndarray, rows: pd.Index) -> None:
+    bad = np.flatnonzero(weights <= 0)
+    if bad.size:
+        raise DataError(
+            f"found {bad.size} weights that are not positive (first: {weights[bad[0]]:g} in row "
+            f"{rows[bad[0]]}); expected weights > 0. Remove these rows."
+        )
+
+
+def _check_terms(design: Design) -> None:
+    for term, spec in zip(design.terms, design.spec.random, strict=True):
+        if len(term.levels) < 2:
+            raise DesignError(
+                f"found one level ({term.levels[0]}) of the grouping factor {term.group} among the "
+                f"rows used; expected at least 2. Remove {spec.bar.text}."
+            )
+
+
+def check_identifiable(design: Design) -> None:
+    """Refuse what a likelihood alone cannot identify; proper priors can.
+
+    Raises
+    ------
+    DesignError
+        A term with as many random effects as rows, or as many fixed effects as rows.
+    """
+    for term, spec in zip(design.terms, design.spec.random, strict=True):
+        levels, columns = len(term.levels), len(term.names)
+        if levels * columns >= design.n:
+            raise DesignError(
+                f"found {levels} levels x {columns} columns = {levels * columns} random effects in "
+                f"{spec.bar.text} and {design.n} rows; expected fewer effects than rows. Their "
+                "variance cannot be told from the residual's: drop columns or the term."
+            )
+    if design.p >= design.n:
+        raise DesignError(
+            f"found {design.p} fixed effects and {design.n} rows; expected fewer effects than "
+            "rows. Drop terms or add data."
+        )

@@ -1,0 +1,108 @@
+r"""The compiled programs: from cross-products to an optimum, and from an optimum to estimates.
+
+Each is a pure function of arrays with a static :class:`~lmmjax.gram.Layout`, so models of equal
+shape share compiled code. Everything is in standardised units; labels and units are put back by
+the callers (fit.py, batches).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmmjax import likelihood as lk
+from lmmjax.gram import Gram, Layout, Rhs
+from lmmjax.optimize import Optimum, descend, named_transform, newton
+
+
+class Estimates(NamedTuple):
+    """What a fit needs at once, in standardised units."""
+
+    beta: jax.Array  # (p,)
+    unscaled_vcov: jax.Array  # (p, p), times sigma2
+    sigma2: jax.Array
+    r2: jax.Array
+
+
+def criterion(
+    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, sigma2: Any = None
+) -> jax.Array:
+    """-2 log-likelihood in standardised units, profiled over σ² unless given."""
+    return lk.deviance(lk.reduce(layout, theta, gram, rhs), method, sigma2)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "method", "optimizer"))
+def optimise(
+    layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array, optimizer: Any = "newton"
+) -> tuple[Optimum, Estimates]:
+    """Fit: minimise the profiled criterion and evaluate the estimates at the optimum."""
+
+    def f(theta: jax.Array) -> jax.Array:
+        return criterion(layout, method, theta, gram, rhs)
+
+    if optimizer == "newton":
+        best = newton(f, theta0)
+    elif isinstance(optimizer, str):
+        best = descend(f, theta0, named_transform(optimizer))
+    else:
+        best = descend(f, theta0, optimizer)
+    return best, _estimates(layout, method, gram, rhs, best.theta)
+
+
+def _estimates(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta: jax.Array) -> Estimates:
+    red = lk.reduce(layout, theta, gram, rhs)
+    return Estimates(
+        lk.fixef(red), lk.unscaled_vcov(red), lk.profiled_sigma2(red, method), red.r2
+    )
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def effects(
+    layout: Layout, gram: Gram, rhs: Rhs, theta: jax.Array
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """BLUPs (S, J) per factor, and their conditional covariances (S, S, J) in units of σ²."""
+    red = lk.reduce(layout, theta, gram, rhs)
+    b = lk.ranef(layout, gram, red, lk.fixef(red))
+    return b, lk.ranef_cov(layout, theta, gram)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "method"))
+def vcov_and_derivative(
+    layout: Layout, method: str, gram: Gram, rhs: Rhs, theta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cov(β̂)(θ) with σ profiled, (p, p), and its derivatives in θ, (p, p, n_theta)."""
+
+    def vcov(t: jax.Array) -> jax.Array:
+        red = lk.reduce(layout, t, gram, rhs)
+        return lk.profiled_sigma2(red, method) * lk.unscaled_vcov(red)
+
+    return vcov(theta), jax.jacfwd(vcov)(theta)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def unscaled_prediction_variance(
+    layout: Layout, theta: jax.Array, gram: Gram, rows: Rhs
+) -> jax.Array:
+    """Var(c'(β̂ - β, b̂ - b)) / σ² for rows c of [Z X] that carry a leading axis.
+
+    With c in place of the cross-products with y and y'y = 0 the penalised residual sum of squares
+    is -c'C⁻¹c, C Henderson's coefficient matrix: prediction errors from the same factorisation.
+    """
+
+    factor = lk.factorise(layout, lk.factors(layout, theta), gram)
+
+    def one(row: Rhs) -> jax.Array:
+        return -lk.forward(layout, factor, gram, row).r2
+
+    return jax.vmap(one)(rows)
+
+
+def start(layout: Layout) -> Any:
+    """Identity Λ for every term, in standardised units."""
+    import numpy as np
+
+    return np.concatenate([np.zeros(0), *(s.start() for s in layout.structures)])

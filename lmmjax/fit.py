@@ -1,0 +1,564 @@
+"""The result of a fit: what was estimated, and questions to it. Nothing here knows the likelihood;
+every number is read off, or asked of, the compiled programs of estimate.py."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmmjax import estimate, tables
+from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
+from lmmjax.gram import Rhs
+from lmmjax.optimize import CONVERGED, FLAT_STOP, STATUS, newton_decrement
+from lmmjax.precision import in_float64
+from lmmjax.simulate import simulate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lmmjax.model import Model
+
+DF_METHODS = ("satterthwaite", "residual", "wald")
+
+#: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
+SINGULAR_TOLERANCE = 1e-4
+
+
+class MarginalCov(NamedTuple):
+    """V_i of one subject and its correlation matrix, rows labelled as in the data."""
+
+    cov: pd.DataFrame
+    corr: pd.DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted model (frequentist). Immutable; made by :meth:`lmmjax.Model.fit`.
+
+    Attributes
+    ----------
+    model : Model
+    method : str
+        "REML" or "ML".
+    beta : Series (p,)
+        Fixed effects under R's names.
+    sigma : float
+        Residual standard deviation (of a row of weight 1).
+    theta : ndarray (n_theta,)
+        Relative covariance parameters, terms in formula order, each column-major (lme4).
+    loglik, deviance : float
+        (Restricted) log-likelihood, and -2 times it.
+    converged, singular : bool
+    message : str
+        What the convergence checks found, in words.
+    n_evals : int
+        Evaluations of the criterion.
+    seconds : float
+        Time of the optimisation, with its compilation where that was needed (s).
+    """
+
+    model: Model
+    method: str
+    df: str
+    optimizer: str
+    theta: np.ndarray
+    sigma: float
+    loglik: float
+    converged: bool
+    singular: bool
+    message: str
+    n_evals: int
+    seconds: float
+    gradient: np.ndarray = field(repr=False)
+    _theta_s: np.ndarray = field(repr=False)
+    _hessian_s: np.ndarray = field(repr=False)
+    _beta: np.ndarray = field(repr=False)
+    _unscaled_vcov: np.ndarray = field(repr=False)
+
+    # -- numbers ------------------------------------------------------------------------------
+
+    @property
+    def beta(self) -> pd.Series:
+        """Fixed effects, indexed by R's coefficient names."""
+        import pandas as pd
+
+        return pd.Series(self._beta, index=list(self.model.design.x_names), name="estimate")
+
+    @property
+    def deviance(self) -> float:
+        """-2 log-likelihood (the REML criterion for REML fits)."""
+        return -2.0 * self.loglik
+
+    @property
+    def n_obs(self) -> int:
+        """Number of rows used."""
+        return self.model.n_obs
+
+    @property
+    def n_params(self) -> int:
+        """Fixed effects, covariance parameters and σ."""
+        return len(self._beta) + len(self.theta) + 1
+
+    @property
+    def aic(self) -> float:
+        """-2 log-likelihood + 2 n_params."""
+        return self.deviance + 2 * self.n_params
+
+    @property
+    def aicc(self) -> float:
+        """AIC with the small-sample correction, n = rows."""
+        k, n = self.n_params, self.n_obs
+        return self.aic + 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else math.inf
+
+    @property
+    def bic(self) -> float:
+        """-2 log-likelihood + log(n) n_params, n = rows (as lme4, for ML and REML)."""
+        return self.deviance + math.log(self.n_obs) * self.n_params
+
+    def vcov(self, kind: str = "model") -> pd.DataFrame:
+        """Covariance of the fixed effects, (p, p).
+
+        Parameters
+        ----------
+        kind : {"model"}
+            σ²(X'V⁻¹X)⁻¹ at the estimates.
+        """
+        import pandas as pd
+
+        if kind != "model":
+            raise LmmError(f"vcov(kind={kind!r}) is unknown; expected 'model'.")
+        names = list(self.model.design.x_names)
+        return pd.DataFrame(self.sigma**2 * self._unscaled_vcov, index=names, columns=names)
+
+    @property
+    def std_errors(self) -> np.ndarray:
+        """Standard errors of the fixed effects, (p,)."""
+        return self.sigma * np.sqrt(np.diag(self._unscaled_vcov))
+
+    # -- tests of coefficients ------------------------------------------------------------------
+
+    def coef_table(self, df: str | None = None, level: float = 0.95) -> pd.DataFrame:
+        """Estimates, standard errors, degrees of freedom, tests and intervals per coefficient.
+
+        Parameters
+        ----------
+        df : {"satterthwaite", "residual", "wald"}, optional
+            "wald" is the normal limit (infinite df). Default: the fit's.
+        level : float
+            Of the confidence intervals.
+
+        Returns
+        -------
+        DataFrame
+            Columns ``estimate std_error df statistic p_value ci_low ci_high``.
+        """
+        method = check_df(df) if df is not None else self.df
+        return tables.t_table(
+            self._beta, self.std_errors, self._degrees(method), list(self.model.design.x_names), level
+        )
+
+    def _degrees(self, method: str) -> np.ndarray:
+        p = len(self._beta)
+        if method == "satterthwaite":
+            return self._satterthwaite(np.eye(p))
+        return np.full(p, np.inf if method == "wald" else float(self.n_obs - p))
+
+    def _satterthwaite(self, L: np.ndarray) -> np.ndarray:
+        """Satterthwaite df of each row of L β; see :func:`lmmjax.satterthwaite.degrees`."""
+        from lmmjax.satterthwaite import degrees
+
+        V, dV = self._vcov_derivative
+        nu = self.n_obs - (len(self._beta) if self.method == "REML" else 0)
+        return degrees(L, V, dV, self._hessian_s, float(nu))
+
+    @cached_property
+    @in_float64
+    def _vcov_derivative(self) -> tuple[np.ndarray, np.ndarray]:
+        the_gram, rhs = self.model._standard[2:]
+        V, dV = estimate.vcov_and_derivative(
+            self.model._plan.layout, self.method, the_gram, rhs, jnp.asarray(self._theta_s)
+        )
+        units = self.model._units
+        back = units.scale * units.A
+        return back @ np.asarray(V) @ back.T, np.einsum(
+            "ia,abk,jb->ijk", back, np.asarray(dV), back
+        )
+
+    # -- variance components ----------------------------------------------------------------------
+
+    def varcorr(self) -> pd.DataFrame:
+        """Variances, covariances, SDs and correlations, as lme4's ``as.data.frame(VarCorr(.))``.
+
+        Returns
+        -------
+        DataFrame
+            Columns ``group term1 term2 vcov sdcor``; ``term2`` missing on variances, ``Residual``
+            last.
+        """
+        terms = [(t.group, t.names) for t in self.model.design.terms]
+        return tables.varcorr_frame(terms, self._term_covs(), self.sigma)
+
+    def _term_covs(self) -> list[np.ndarray]:
+        return [self.sigma**2 * lam @ lam.T for lam in self.model._factors(self.theta)]
+
+    def residual_params(self) -> pd.Series:
+        """Parameters of the residual structure; empty for independent residuals."""
+        import pandas as pd
+
+        return pd.Series(dtype=float, name="estimate")
+
+    # -- random effects -------------------------------------------------------------------------
+
+    @cached_property
+    @in_float64
+    def _effects(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Per group: BLUPs (J, S) and conditional covariances (J, S, S), in the data's units."""
+        the_gram, rhs = self.model._standard[2:]
+        layout = self.model._plan.layout
+        b, cov = estimate.effects(layout, the_gram, rhs, jnp.asarray(self._theta_s))
+        out = {}
+        for factor, b_f, cov_f in zip(self.model._plan.factors, b, cov, strict=True):
+            B = _block_diagonal([self.model._units.B[k] for k in factor.terms])
+            C = np.moveaxis(np.asarray(cov_f), -1, 0)
+            values = self.model._units.scale * np.asarray(b_f).T @ B.T
+            out[factor.group] = (values, self.sigma**2 * B @ C @ B.T)
+        return out
+
+    def _group(self, group: str | None) -> tuple[str, list[str], list[str]]:
+        """The group meant, its levels and its terms' columns in formula order."""
+        terms = self.model.design.terms
+        known = list(self.model.groups)
+        if group is None and len(known) == 1:
+            group = known[0]
+        if group not in known:
+            raise DataError(
+                f"group={group!r} is not a grouping factor of this model; expected one of {known}."
+            )
+        mine = [t for t in terms if t.group == group]
+        return group, list(mine[0].levels), [name for t in mine for name in t.names]
+
+    def ranef(self, group: str | None = None) -> pd.DataFrame:
+        """BLUPs (conditional modes): levels by terms."""
+        import pandas as pd
+
+        group, levels, names = self._group(group)
+        return pd.DataFrame(self._effects[group][0], index=pd.Index(levels, name=group), columns=names)
+
+    def ranef_se(self, group: str | None = None) -> pd.DataFrame:
+        """Conditional SDs of the random effects given β, θ and σ, in the shape of :meth:`ranef`."""
+        import pandas as pd
+
+        group, levels, names = self._group(group)
+        variances = np.einsum("jss->js", self._effects[group][1])
+        sd = np.sqrt(np.maximum(variances, 0.0))
+        return pd.DataFrame(sd, index=pd.Index(levels, name=group), columns=names)
+
+    def ranef_cov(self, group: str | None = None) -> np.ndarray:
+        """Conditional covariances of the random effects given β, θ and σ: (levels, S, S)."""
+        return self._effects[self._group(group)[0]][1].copy()
+
+    # -- fitted values, residuals, predictions ----------------------------------------------------
+
+    def fitted(self) -> pd.Series:
+        """Conditional fitted values Xβ + offset + Zb on the caller's row labels."""
+        import pandas as pd
+
+        design = self.model.design
+        values = design.X @ self._beta + design.offset
+        for term, b in zip(design.terms, self._term_effects(), strict=True):
+            values = values + np.einsum("is,is->i", term.z, b[term.codes])
+        return pd.Series(values, index=design.rows, name="fitted")
+
+    def _term_effects(self) -> list[np.ndarray]:
+        """BLUPs per term, (J, S), in formula order."""
+        at: dict[str, int] = {}
+        out = []
+        for term in self.model.design.terms:
+            first = at.get(term.group, 0)
+            S = term.z.shape[1]
+            out.append(self._effects[term.group][0][:, first : first + S])
+            at[term.group] = first + S
+        return out
+
+    def residuals(self, kind: str = "response") -> pd.Series:
+        """Conditional residuals.
+
+        Parameters
+        ----------
+        kind : {"response", "pearson", "normalized"}
+            y - ŷ; divided by the row's SD σ/√w; multiplied by the inverse Cholesky factor of the
+            residual covariance (the same as Pearson for independent errors).
+        """
+        import pandas as pd
+
+        if kind not in ("response", "pearson", "normalized"):
+            raise DataError(
+                f"residuals(kind={kind!r}) is unknown; expected 'response', 'pearson' or "
+                "'normalized'."
+            )
+        design = self.model.design
+        values = design.y - self.fitted().to_numpy()
+        if kind != "response":
+            values = values * np.sqrt(design.weights) / self.sigma
+        return pd.Series(values, index=design.rows, name="residual")
+
+    def predict(
+        self,
+        newdata: Any = None,
+        kind: str = "conditional",
+        interval: str | None = None,
+        level: float = 0.95,
+        new_levels: str = "raise",
+        offset: Any = None,
+    ) -> Any:
+        """Predict the response.
+
+        Parameters
+        ----------
+        newdata : table, optional
+            The training rows by default.
+        kind : {"conditional", "population"}
+            With the BLUPs of each row's levels, or with the fixed part alone.
+        interval : {"confidence", "prediction"}, optional
+            Given: a frame ``estimate std_error low high``. The standard error carries the
+            uncertainty of β (and of b, for conditional predictions) given θ; a prediction
+            interval adds the variance of what is not conditioned on. t quantiles on n - p df for
+            linear models, normal quantiles otherwise.
+        new_levels : {"raise", "population"}
+            What to do with levels that were not in the training data: an error, or effects of 0
+            (with their full variance in an interval).
+        offset : array, optional
+            For models fitted with an offset array.
+
+        Returns
+        -------
+        Series, or DataFrame with ``interval``, on the row labels of ``newdata``
+        """
+        from lmmjax.predict import predict
+
+        return predict(self, newdata, kind, interval, level, new_levels, offset)
+
+    @in_float64
+    def _prediction_variance(self, rows: Rhs) -> np.ndarray:
+        """Var / σ² of prediction errors for rows in standardised units (leading axis)."""
+        the_gram = self.model._standard[2]
+        layout = self.model._plan.layout
+        theta = jnp.asarray(self._theta_s)
+        return np.asarray(estimate.unscaled_prediction_variance(layout, theta, the_gram, rows))
+
+    def simulate(self, n: int = 1, seed: int = 0) -> pd.DataFrame:
+        """Simulate responses from the fit, with new random effects and residuals: (n_obs, n)."""
+        lams = self.model._factors(self.theta)
+        return simulate(self.model.design, self._beta, lams, self.sigma, n=n, seed=seed)
+
+    def marginal_cov(self, level: Any, group: str | None = None) -> MarginalCov:
+        """V_i = Z_i D Z_i' + Σ_i of one subject, and its correlation matrix.
+
+        Parameters
+        ----------
+        level : label
+            A level of ``group``.
+        group : str, optional
+            May be left out where the model has one grouping factor, or a nested hierarchy (then
+            the outermost).
+
+        Raises
+        ------
+        DesignError
+            For crossed groups, whose rows are correlated across the levels of any one factor.
+        """
+        from lmmjax.marginal import marginal_cov
+
+        cov, corr = marginal_cov(self.model.design, self._term_covs(), self.sigma, level, group)
+        return MarginalCov(cov, corr)
+
+    # -- people ---------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """The fit in words and tables, for people."""
+        from lmmjax.display import fit_text
+
+        return fit_text(self)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        from lmmjax.display import fit_html
+
+        return fit_html(self)
+
+
+# -------------------------------------------------------------------------------------------------
+# Making a fit
+# -------------------------------------------------------------------------------------------------
+
+
+def check_df(df: str) -> str:
+    """Refuse an unknown method of degrees of freedom."""
+    if df not in DF_METHODS:
+        raise LmmError(f"df={df!r} is unknown; expected one of {', '.join(map(repr, DF_METHODS))}.")
+    return df
+
+
+def _optimizer_key(optimizer: Any) -> tuple[Any, str]:
+    """What the compiled program takes, and a name for the result."""
+    if isinstance(optimizer, str):
+        if optimizer not in ("newton", "lbfgs", "adam"):
+            raise LmmError(
+                f"optimizer={optimizer!r} is unknown; expected 'newton', 'lbfgs', 'adam' or an "
+                "optax transformation such as optax.adam(0.1)."
+            )
+        return optimizer, optimizer
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise LmmError(
+            f"optimizer is a {type(optimizer).__name__}; expected 'newton', 'lbfgs', 'adam' or an "
+            "optax transformation such as optax.adam(0.1)."
+        )
+    return optimizer, "optax"
+
+
+def _start(model: Model, start: Any) -> np.ndarray:
+    if start is None:
+        return estimate.start(model._plan.layout)
+    theta = np.asarray(start, float)
+    expected = len(model.theta_names)
+    if theta.shape != (expected,) or not np.all(np.isfinite(theta)):
+        raise DataError(
+            f"start has shape {theta.shape}; expected ({expected},) finite values, one for each "
+            f"of {model.theta_names}."
+        )
+    theta_s = model._theta_standard(theta)
+    if np.any(np.abs(theta_s[_diagonal(model)]) < SINGULAR_TOLERANCE):
+        raise DataError(
+            "start has a variance of 0, where the gradient is 0 whatever the data; expected "
+            "positive relative SDs. Use small positive values, 0.1 say."
+        )
+    return theta_s
+
+
+def _diagonal(model: Model) -> np.ndarray:
+    """Positions in θ of the parameters that are 0 on the boundary of us, diag and hom terms."""
+    at, out = 0, []
+    for s in model._plan.layout.structures:
+        moved = np.abs(s.from_factor(2.0 * np.eye(s.S)) - s.start()) > 0
+        out.append(at + np.flatnonzero(moved))
+        at += s.n_theta
+    return np.concatenate([np.zeros(0, int), *out])
+
+
+@in_float64
+def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, start: Any) -> Fit:
+    """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
+    from lmmjax.design import check_identifiable
+
+    check_identifiable(model.design)
+    df = check_df(df) if df is not None else ("satterthwaite" if model.is_mixed else "residual")
+    key, name = _optimizer_key(optimizer)
+    the_gram, rhs = model._arrays()
+    layout, units = model._plan.layout, model._units
+    theta0 = jnp.asarray(_start(model, start), model.dtype)
+    began = time.perf_counter()
+    best, est = jax.block_until_ready(
+        estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
+    )
+    seconds = time.perf_counter() - began
+    theta_s, hessian = np.asarray(best.theta, float), np.asarray(best.hessian, float)
+    boundary = _boundary(model, theta_s)
+    converged, words = _judge(best, hessian, method, model.dtype)
+    fit = Fit(
+        model=model,
+        method=method,
+        df=df,
+        optimizer=name,
+        theta=model._theta_public(theta_s),
+        sigma=units.scale * math.sqrt(float(est.sigma2)),
+        loglik=-0.5 * (float(best.value) + units.constant(method)),
+        converged=converged,
+        singular=bool(boundary),
+        message="; ".join([words, *boundary]),
+        n_evals=int(best.n_evals),
+        seconds=seconds,
+        gradient=np.asarray(best.gradient, float),
+        _theta_s=theta_s,
+        _hessian_s=hessian,
+        _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float),
+        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float) @ units.A.T,
+    )
+    if not converged:
+        warnings.warn(fit.message, ConvergenceWarning, stacklevel=4)
+    if boundary:
+        warnings.warn("singular fit: " + "; ".join(boundary), SingularFitWarning, stacklevel=4)
+    return fit
+
+
+def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[bool, str]:
+    """Convergence by what a Newton step still promises and by the curvature, in words."""
+    if len(hessian) == 0:
+        return True, "closed form"
+    status = int(best.status)
+    if not np.all(np.isfinite(hessian)) or not np.isfinite(float(best.value)):
+        return False, (
+            f"did not converge: {STATUS[status]}; check the data for columns of wildly different "
+            "size or a response that the model fits exactly"
+        )
+    gradient = np.asarray(best.gradient, float)
+    promised = newton_decrement(gradient, hessian)
+    tolerance = 1e-6 if dtype == "float64" else 1e-2
+    lowest = float(np.linalg.eigvalsh(hessian)[0])
+    curved = lowest > -1e-6 * max(1.0, float(np.abs(hessian).max()))
+    largest = float(np.max(np.abs(gradient)))
+    checks = f"{best.n_evals} evaluations, largest gradient {largest:.1g}"
+    if promised < tolerance and curved and status in (CONVERGED, FLAT_STOP):
+        return True, f"converged ({checks})"
+    if promised < tolerance and curved:
+        return True, f"converged to within {promised:.1g} of the criterion ({checks})"
+    reason = STATUS[status] if not curved or status != CONVERGED else "the gradient is not zero"
+    if not curved:
+        reason += ", at a saddle point"
+    return False, (
+        f"did not converge: {reason} ({checks}; a Newton step promises {promised:.2g} less "
+        f"{method} criterion); use optimizer='newton', or another start="
+    )
+
+
+def _boundary(model: Model, theta_s: np.ndarray) -> list[str]:
+    """Which components are on the boundary, one phrase each."""
+    phrases = []
+    for term, lam, B in zip(
+        model.design.terms, model._factors(theta_s), model._units.B, strict=True
+    ):
+        lower = np.linalg.qr(lam.T, mode="r")
+        if np.min(np.abs(np.diag(lower))) >= SINGULAR_TOLERANCE:
+            continue
+        sd = np.sqrt(np.sum((B @ lam) ** 2, axis=1)) / np.abs(np.diag(B))
+        zero = [name for name, s in zip(term.names, sd, strict=True) if s < SINGULAR_TOLERANCE]
+        if zero:
+            phrases += [f"the variance of {name} | {term.group} is 0" for name in zero]
+        elif len(term.names) == 2:
+            c = (B @ lam) @ (B @ lam).T
+            sign = "1" if c[0, 1] > 0 else "-1"
+            phrases.append(
+                f"the correlation of {term.names[0]} and {term.names[1]} | {term.group} is {sign}"
+            )
+        else:
+            rank = int(np.sum(np.linalg.svd(lam, compute_uv=False) > SINGULAR_TOLERANCE))
+            phrases.append(
+                f"the covariance of {', '.join(term.names)} | {term.group} has rank {rank} "
+                f"of {len(term.names)}"
+            )
+    return phrases
+
+
+def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    from scipy.linalg import block_diag
+
+    return block_diag(*blocks)

@@ -1,0 +1,410 @@
+r"""Design -> cross-products: all that the likelihood needs to know of the data.
+
+Three steps, all in NumPy and each done once per model:
+
+1. :func:`standardise` chooses shifts and scales for the columns of X and Z and for y, so that the
+   sums of products keep their digits whatever the units (years, 1e8 offsets, 1e-6 scales), and
+   records how to go back.
+2. :func:`plan` decides from the data which grouping factors can be eliminated level by level
+   (a *chain*: each nested in the next) and which form the dense *core*.
+3. :func:`crossproducts` sums, once over the rows.
+
+Symbols: n rows, p fixed effects, J levels, S columns of a factor (all of its terms side by side),
+d columns of Z in the core. The levels are the last axis of every block, so that arithmetic on
+small blocks is arithmetic on long contiguous vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmmjax.covariance import Covariance, covariance
+from lmmjax.errors import DesignError
+
+
+# -------------------------------------------------------------------------------------------------
+# 1. Units
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Units:
+    r"""How the standardised problem relates to the caller's units.
+
+    With X_s = X A, y_s = (y - offset - X β₀) / c and Z_s = Z B per term (the constant is spanned by
+    X where columns are shifted):  β = β₀ + c A β_s,  σ = c σ_s,  b = c B b_s,  Λ = B Λ_s.
+    """
+
+    A: np.ndarray  # (p, p)
+    beta0: np.ndarray  # (p,)
+    scale: float  # c
+    B: tuple[np.ndarray, ...]  # per term (S, S)
+    logdet_A: float
+    n: int
+    p: int
+
+    def constant(self, method: str) -> float:
+        """Add this to the standardised -2 log-likelihood to have it in the caller's units."""
+        if method == "ML":
+            return 2 * self.n * float(np.log(self.scale))
+        return 2 * (self.n - self.p) * float(np.log(self.scale)) - 2 * self.logdet_A
+
+
+class Standardised(NamedTuple):
+    X: np.ndarray  # (n, p)
+    y: np.ndarray  # (n,)
+    Z: tuple[np.ndarray, ...]  # per term (n, S)
+    units: Units
+
+
+def _constant_direction(X: np.ndarray) -> np.ndarray:
+    """Coefficients a with X a = 1, or zeros where X does not span the constant."""
+    n, p = X.shape
+    a = np.zeros(p)
+    ones = np.flatnonzero(np.all(X == 1.0, axis=0)) if n else np.array([], int)
+    if ones.size:
+        a[ones[0]] = 1.0
+        return a
+    # indicator columns that add up to one (cell means coding); anything subtler keeps its origin
+    indicator = np.flatnonzero(np.all((X == 0.0) | (X == 1.0), axis=0))
+    if indicator.size and np.all(X[:, indicator].sum(axis=1) == 1.0):
+        a[indicator] = 1.0
+    return a
+
+
+def _rms(columns: np.ndarray) -> np.ndarray:
+    """Root mean square per column, 1 where a column vanishes; never squares large numbers."""
+    if columns.size == 0:
+        return np.ones(columns.shape[1:])
+    top = np.max(np.abs(columns), axis=0)
+    top = np.where(top > 0, top, 1.0)
+    return top * np.sqrt(np.einsum("ij,ij->j", columns / top, columns / top) / len(columns))
+
+
+def _standardise_x(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """X_s = X A with centred (where possible) and scaled columns; returns X_s, A, a."""
+    a = _constant_direction(X)
+    mean = X.mean(axis=0) if a.any() else np.zeros(X.shape[1])
+    mean = np.where(a != 0, 0.0, mean)
+    centred = X - mean if mean.any() else X
+    size = _rms(centred)
+    A = (np.eye(len(a)) - np.outer(a, mean)) / size
+    return centred / size, A, a
+
+
+def _standardise_y(
+    y: np.ndarray, Xs: np.ndarray, A: np.ndarray, a: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """y_s = (y - X β₀) / c with β₀ near the least-squares fit; returns y_s, β₀, c."""
+    shift = float(y.mean()) if a.any() else 0.0
+    centred = y - shift
+    gram = Xs.T @ (Xs * weights[:, None])
+    coefficients = np.linalg.solve(gram, Xs.T @ (weights * centred)) if len(a) else np.zeros(0)
+    residual = centred - Xs @ coefficients
+    size = float(_rms(residual[:, None])[0])
+    if not size > 1e-14 * max(float(np.max(np.abs(centred))), np.finfo(float).tiny):
+        raise DesignError(
+            "the fixed effects reproduce the response exactly, so no variance is left to estimate; "
+            "expected a response with variation beyond the fixed part. Remove the predictor that "
+            "is a copy of the response, or a fixed effect per row."
+        )
+    return residual / size, a * shift + A @ coefficients, size
+
+
+def _standardise_z(z: np.ndarray, structure: Covariance) -> tuple[np.ndarray, np.ndarray]:
+    """Z_s = Z B; shifts only where the term has an intercept that may take up the shift."""
+    S = structure.S
+    B = np.eye(S)
+    constant = np.flatnonzero(np.all(z == 1.0, axis=0))
+    if structure.mixes and constant.size:
+        c = int(constant[0])
+        mean = z.mean(axis=0)
+        mean[c] = 0.0
+        z = z - mean
+        B[c, :] -= mean
+    size = _rms(z) if structure.scales else np.full(S, float(np.mean(_rms(z))))
+    return z / size, B / size
+
+
+def standardise(design: Any) -> Standardised:
+    """Shift and scale X, Z and y of a ``Design``; see :class:`Units`.
+
+    Raises
+    ------
+    DesignError
+        Where the fixed effects fit the response exactly.
+
+    Notes
+    -----
+    O(n (p² + q)) time. Subtracting a number near the mean before products are formed keeps the
+    relative error of a slope near 1e-15 where raw sums lose all digits (offset 1e8).
+    """
+    Xs, A, a = _standardise_x(design.X)
+    y = design.y - design.offset if design.has_offset else design.y
+    ys, beta0, scale = _standardise_y(y, Xs, A, a, design.weights)
+    parts = [_standardise_z(t.z, covariance(t.cov, t.z.shape[1])) for t in design.terms]
+    logdet = float(np.linalg.slogdet(A)[1]) if len(A) else 0.0
+    B = tuple(b for _, b in parts)
+    units = Units(A, beta0, scale, B, logdet, len(y), len(A))
+    return Standardised(Xs, ys, tuple(z for z, _ in parts), units)
+
+
+# -------------------------------------------------------------------------------------------------
+# 2. Layout
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A grouping factor with all the terms on it: ``S`` columns a level, ``J`` levels."""
+
+    group: str
+    terms: tuple[int, ...]  # positions of its terms in the formula
+    S: int
+    J: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is static about a model: structures, and the order of elimination. Hashable.
+
+    ``chain`` are the factors eliminated level by level, the first nested in the second and so on;
+    ``core`` are the others, dense. ``structures`` follows the formula; θ is the concatenation of
+    the structures' parameters.
+    """
+
+    structures: tuple[Covariance, ...]
+    chain: tuple[tuple[tuple[int, ...], int, int], ...]  # (terms, S, J)
+    core: tuple[tuple[tuple[int, ...], int, int], ...]
+    p: int
+
+    @property
+    def n_theta(self) -> int:
+        return sum(s.n_theta for s in self.structures)
+
+    @property
+    def d(self) -> int:
+        """Columns of Z in the core."""
+        return sum(S * J for _, S, J in self.core)
+
+    @property
+    def q(self) -> int:
+        """Number of random effects."""
+        return self.d + sum(S * J for _, S, J in self.chain)
+
+    def split(self, theta: Any) -> list[Any]:
+        """Cut θ into the parameters of each term."""
+        ends = np.cumsum([0, *(s.n_theta for s in self.structures)])
+        return [theta[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout with its labels: chain factors first, then those of the core."""
+
+    layout: Layout
+    factors: tuple[Factor, ...]
+
+    @property
+    def n_chain(self) -> int:
+        return len(self.layout.chain)
+
+
+def _parents(child: np.ndarray, J: int, parent: np.ndarray) -> np.ndarray | None:
+    """Level of ``parent`` in which each level of ``child`` lies, or None where it spans several."""
+    lies_in = np.zeros(J, dtype=np.int32)
+    lies_in[child] = parent
+    return lies_in if np.array_equal(lies_in[child], parent) else None
+
+
+def plan(design: Any) -> Plan:
+    """Group the terms by factor and choose the order of elimination from the data.
+
+    The largest factor goes first: its block of Z'Z is block-diagonal. Each further factor, by
+    falling size, joins the chain if every chain factor is nested in it, so that elimination fills
+    in nothing outside its diagonal blocks; otherwise it belongs to the dense core.
+    """
+    groups: dict[str, list[int]] = {}
+    for k, term in enumerate(design.terms):
+        groups.setdefault(term.group, []).append(k)
+    factors = []
+    for group, members in groups.items():
+        S = sum(design.terms[k].z.shape[1] for k in members)
+        factors.append(Factor(group, tuple(members), S, len(design.terms[members[0]].levels)))
+    factors.sort(key=lambda f: -f.S * f.J)
+    codes = {f.group: design.terms[f.terms[0]].codes for f in factors}
+    chain: list[Factor] = []
+    core: list[Factor] = []
+    for f in factors:
+        nested = all(_parents(codes[c.group], c.J, codes[f.group]) is not None for c in chain)
+        (chain if nested else core).append(f)
+    structures = tuple(covariance(t.cov, t.z.shape[1]) for t in design.terms)
+    layout = Layout(
+        structures,
+        tuple((f.terms, f.S, f.J) for f in chain),
+        tuple((f.terms, f.S, f.J) for f in core),
+        design.p,
+    )
+    return Plan(layout, (*chain, *core))
+
+
+# -------------------------------------------------------------------------------------------------
+# 3. Sums
+# -------------------------------------------------------------------------------------------------
+
+
+class Gram(NamedTuple):
+    """Cross-products that do not involve y (a pytree of arrays). They add over rows.
+
+    The *border* of a chain factor are its products with the core's Z columns and X, in this order.
+    """
+
+    own: tuple[Any, ...]  # chain i: Z_i'Z_i by level, (S_i, S_i, J_i)
+    up: tuple[tuple[Any, ...], ...]  # chain i, k > i: (S_i, S_k, J_i)
+    parent: tuple[tuple[Any, ...], ...]  # chain i, k > i: level of k, (J_i,) int
+    border: tuple[Any, ...]  # chain i: (S_i, d + p, J_i)
+    core: Any  # (d + p, d + p)
+    n: Any  # rows, ()
+    logdet_R: Any  # log det of the residual correlation / precision weights, ()
+
+
+class Rhs(NamedTuple):
+    """Cross-products with y; one response. A batch of responses maps over these alone."""
+
+    border: tuple[Any, ...]  # chain i: (S_i, J_i)
+    core: Any  # (d + p,)
+    yy: Any  # ()
+
+
+class LevelSums:
+    """Sums of an n-vector by the levels of one factor; fast where the rows are sorted by it."""
+
+    def __init__(self, codes: np.ndarray, J: int) -> None:
+        self.codes, self.J = codes, J
+        step = np.diff(codes)
+        self.sorted = bool(np.all(step >= 0)) and len(codes) > 0
+        if self.sorted:
+            self.starts = np.concatenate([[0], np.flatnonzero(step) + 1])
+            self.sorted = len(self.starts) == J
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        if self.sorted:
+            return np.add.reduceat(values, self.starts)
+        return np.bincount(self.codes, weights=values, minlength=self.J)
+
+
+def _core_columns(
+    core: list[tuple[np.ndarray, np.ndarray, int]], by: np.ndarray, J: int, left: np.ndarray
+) -> np.ndarray:
+    """Sums over rows of left * z by (level of ``by``, column of the core): (d, J)."""
+    blocks = []
+    for z, codes, levels in core:
+        cell = codes.astype(np.int64) * J + by
+        S = z.shape[1]
+        block = np.empty((levels, S, J))
+        for s in range(S):
+            sums = np.bincount(cell, weights=left * z[:, s], minlength=levels * J)
+            block[:, s] = sums.reshape(levels, J)
+        blocks.append(block.reshape(levels * S, J))
+    return np.concatenate(blocks) if blocks else np.zeros((0, J))
+
+
+def _core_gram(
+    core: list[tuple[np.ndarray, np.ndarray, int]], X: np.ndarray, w: np.ndarray
+) -> np.ndarray:
+    """[Z_c X]'W[Z_c X], shape (d + p, d + p)."""
+    p = X.shape[1]
+    sizes = [z.shape[1] * J for z, _, J in core]
+    starts = np.cumsum([0, *sizes])
+    d = int(starts[-1])
+    full = np.zeros((d + p, d + p))
+    full[d:, d:] = X.T @ (X * w[:, None])
+    for i, (z, codes, J) in enumerate(core):
+        for s in range(z.shape[1]):
+            rows = starts[i] + s + z.shape[1] * np.arange(J)
+            wz = w * z[:, s]
+            sums = _core_columns(core[i:], codes, J, wz)
+            full[rows, starts[i] : d] = sums.T
+            for j in range(p):
+                full[rows, d + j] = np.bincount(codes, weights=wz * X[:, j], minlength=J)
+    lower = np.tril_indices(d + p, -1)
+    full[lower] = full.T[lower]
+    return full
+
+
+def _stack(standardised: Standardised, factor: Factor) -> np.ndarray:
+    return np.concatenate([standardised.Z[k] for k in factor.terms], axis=1)
+
+
+def crossproducts(
+    design: Any, the_plan: Plan, standardised: Standardised, parents: Any = None
+) -> tuple[Gram, Rhs]:
+    """Sum the products of all columns, once over the rows.
+
+    Parameters
+    ----------
+    design, the_plan, standardised
+        The rows to sum over; for a part of the rows, the plan and units of the whole.
+    parents : nested tuple of int arrays, optional
+        ``Gram.parent`` of the whole data, where only a part of the rows is at hand.
+
+    Returns
+    -------
+    Gram, Rhs
+        Float64 NumPy arrays. Memory O(q_chain (S + d + p) + (d + p)²), nothing of size n.
+
+    Notes
+    -----
+    O(n (S + d_terms + p) S) time. Rows carry the weight w_i of Var(ε_i) = σ²/w_i.
+    """
+    X, y, w = standardised.X, standardised.y, np.asarray(design.weights, float)
+    n, p = X.shape
+    chain = the_plan.factors[: the_plan.n_chain]
+    rest = the_plan.factors[the_plan.n_chain :]
+    codes = {f.group: design.terms[f.terms[0]].codes for f in the_plan.factors}
+    core = [(_stack(standardised, f), codes[f.group], f.J) for f in rest]
+    d = the_plan.layout.d
+    own, up, parent, border, rhs_border = [], [], [], [], []
+    stacked = [_stack(standardised, f) for f in chain]
+    for i, f in enumerate(chain):
+        level_sum = LevelSums(codes[f.group], f.J)
+        own_i = np.empty((f.S, f.S, f.J))
+        border_i = np.empty((f.S, d + p, f.J))
+        rhs_i = np.empty((f.S, f.J))
+        up_i = [np.empty((f.S, g.S, f.J)) for g in chain[i + 1 :]]
+        for s in range(f.S):
+            wz = w * stacked[i][:, s]
+            for t in range(s, f.S):
+                own_i[s, t] = own_i[t, s] = level_sum(wz * stacked[i][:, t])
+            for block, z in zip(up_i, stacked[i + 1 :], strict=True):
+                for t in range(z.shape[1]):
+                    block[s, t] = level_sum(wz * z[:, t])
+            border_i[s, :d] = _core_columns(core, codes[f.group], f.J, wz)
+            for j in range(p):
+                border_i[s, d + j] = level_sum(wz * X[:, j])
+            rhs_i[s] = level_sum(wz * y)
+        own.append(own_i)
+        up.append(tuple(up_i))
+        border.append(border_i)
+        rhs_border.append(rhs_i)
+        known = None if parents is None else parents[i]
+        found = [_parents(codes[f.group], f.J, codes[g.group]) for g in chain[i + 1 :]]
+        parent.append(tuple(found if known is None else known))
+    wy = w * y
+    core_y = [np.zeros(d + p)]
+    if d:
+        core_y[0][:d] = _core_columns(core, np.zeros(n, np.int64), 1, wy)[:, 0]
+    core_y[0][d:] = X.T @ wy
+    gram = Gram(
+        tuple(own),
+        tuple(up),
+        tuple(parent),
+        tuple(border),
+        _core_gram(core, X, w),
+        np.float64(n),
+        np.float64(-np.sum(np.log(w))),
+    )
+    return gram, Rhs(tuple(rhs_border), core_y[0], np.float64(y @ wy))

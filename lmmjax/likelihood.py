@@ -1,0 +1,426 @@
+r"""The likelihood of the linear mixed model: one factorisation, read in several ways.
+
+    y = X β + Z b + ε,   b = Λ_θ u,   u ~ N(0, σ² I_q),   ε ~ N(0, σ² R),   V = I + Λ' Z'R⁻¹Z Λ
+
+    symbol   shape         meaning
+    theta    (n_theta,)    free parameters of Λ, relative to σ (covariance.py)
+    gram     Gram          Z'R⁻¹Z, Z'R⁻¹X, X'R⁻¹X by block, n, log|R|           (gram.py)
+    rhs      Rhs           Z'R⁻¹y, X'R⁻¹y, y'R⁻¹y
+
+With the random effects first, then X, then y, the Cholesky factor of
+
+    [ Λ'Z'R⁻¹ZΛ + I   Λ'Z'R⁻¹X   Λ'Z'R⁻¹y ]          [ L_Z              ]
+    [ .               X'R⁻¹X     X'R⁻¹y   ]  = L L',  L = [ L_XZ  L_X        ]
+    [ .               .          y'R⁻¹y   ]          [ l_yZ  l_yX   r   ]
+
+holds everything: |V_y/σ²| = |R| |L_Z|², X'V_y⁻¹X σ² = L_X L_X', β̂ = L_X⁻' l_yX', and
+r² = min over (β, u) of |y - Xβ - ZΛu|²_R + |u|², the penalised residual sum of squares
+(Bates, Maechler, Bolker and Walker 2015, J. Stat. Soft. 67(1), eqs 17 to 42).
+
+:func:`reduce` is that factorisation. Factors in the chain are eliminated level by level on small
+blocks; the core (crossed factors and X) is dense. The heads below it are the criteria: ML, REML,
+each profiled over σ or not, and the marginal posterior's. There is no other copy of this
+mathematics: estimates, tests, NUTS and batches all start from a :class:`Reduction`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmmjax.gram import Gram, Layout, Rhs
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Factorised(NamedTuple):
+    """The part of L that does not involve y. U_i = L_i' of chain factor i, levels last."""
+
+    lams: tuple[jax.Array, ...]  # Λ per factor, chain then core, (S, S)
+    U: tuple[jax.Array, ...]  # (S_i, S_i, J_i) upper triangular
+    up: tuple[tuple[jax.Array, ...], ...]  # L_i⁻¹ [.. Z_k], (S_i, S_k, J_i)
+    border: tuple[jax.Array, ...]  # L_i⁻¹ [.. Z_core X], (S_i, d + p, J_i)
+    core: jax.Array  # Cholesky factor of the core's Schur complement, (d + p, d + p)
+    logdet: jax.Array  # log |V|, R included
+
+
+class Row(NamedTuple):
+    """The row of L that belongs to one right-hand side: l_y and r²."""
+
+    chain: tuple[jax.Array, ...]  # (S_i, J_i)
+    core: jax.Array  # (d + p,)
+    r2: jax.Array
+
+
+class Reduction(NamedTuple):
+    """What the heads need: sizes n and p, log-determinants, L_X, l_yX and r²."""
+
+    n: jax.Array
+    logdet_V: jax.Array  # log |V_y| / σ² per row: log|R| + 2 log|L_Z|
+    L_X: jax.Array  # (p, p)
+    l_y: jax.Array  # (p,)
+    r2: jax.Array  # ()
+    factorised: Factorised
+    row: Row
+
+    @property
+    def p(self) -> int:
+        return self.l_y.shape[0]
+
+    @property
+    def logdet_X(self) -> jax.Array:
+        """log |X'V⁻¹X|."""
+        return 2 * jnp.sum(jnp.log(jnp.diagonal(self.L_X)))
+
+
+# -------------------------------------------------------------------------------------------------
+# Λ applied to the blocks
+# -------------------------------------------------------------------------------------------------
+
+
+def factors(layout: Layout, theta: Any, units: Sequence[Any] = ()) -> list[Any]:
+    """Λ of each term, in formula order; ``units`` are matrices to multiply them by, if any."""
+    pieces = layout.split(theta)
+    lams = [s.factor(t) for s, t in zip(layout.structures, pieces, strict=True)]
+    return [B @ lam for B, lam in zip(units, lams, strict=True)] if units else lams
+
+
+def _block_lambda(terms: tuple[int, ...], lams: list[jax.Array]) -> jax.Array:
+    """Λ of all terms on one factor, block-diagonal (S, S)."""
+    return jax.scipy.linalg.block_diag(*[lams[k] for k in terms])
+
+
+def _scale_core(layout: Layout, lams: list[jax.Array], a: jax.Array) -> jax.Array:
+    """Multiply the first d entries of the last axis by blockdiag(I_J ⊗ Λ); the rest stays."""
+    parts, at = [], 0
+    for terms, S, J in layout.core:
+        block = a[..., at : at + S * J].reshape(*a.shape[:-1], J, S)
+        parts.append((block @ _block_lambda(terms, lams)).reshape(*a.shape[:-1], S * J))
+        at += S * J
+    return jnp.concatenate([*parts, a[..., at:]], axis=-1)
+
+
+def _scale_rows(lam: jax.Array, a: jax.Array) -> jax.Array:
+    """Λ' a for blocks (S, ..., J)."""
+    return jnp.einsum("st,s...->t...", lam, a)
+
+
+class _Blocks(NamedTuple):
+    """The scaled matrix while it is eliminated: the lists change as the elimination proceeds."""
+
+    own: list[jax.Array]
+    up: list[list[jax.Array]]
+    border: list[jax.Array]
+    core: list[jax.Array]  # one element
+
+
+def _assemble(layout: Layout, lams: list[jax.Array], gram: Gram) -> _Blocks:
+    """Λ applied from both sides, I added: the matrix that is factorised."""
+    chain = [_block_lambda(terms, lams) for terms, _, _ in layout.chain]
+    own, up, border = [], [], []
+    for i, lam in enumerate(chain):
+        eye = jnp.eye(lam.shape[0], dtype=lam.dtype)[..., None]
+        own.append(jnp.einsum("st,suj,uv->tvj", lam, gram.own[i], lam) + eye)
+        upper = zip(gram.up[i], chain[i + 1 :], strict=True)
+        up.append([jnp.einsum("st,suj,uv->tvj", lam, a, right) for a, right in upper])
+        wide = jnp.swapaxes(_scale_core(layout, lams, jnp.swapaxes(gram.border[i], 1, 2)), 1, 2)
+        border.append(_scale_rows(lam, wide))
+    core = _scale_core(layout, lams, _scale_core(layout, lams, jnp.asarray(gram.core)).T)
+    ones = jnp.arange(core.shape[0]) < layout.d
+    return _Blocks(own, up, border, [core + jnp.diag(ones.astype(core.dtype))])
+
+
+# -------------------------------------------------------------------------------------------------
+# The factorisation
+# -------------------------------------------------------------------------------------------------
+
+
+def _sweep(own: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cholesky of many small matrices at once: own = U'U -> U, U⁻' rest.
+
+    ``own`` (S, S, J), ``rest`` (S, m, J). One rank-one update a column, on vectors over levels.
+    """
+    S = own.shape[0]
+    M = jnp.concatenate([own, rest], axis=1)
+    upper, solved = [], []
+    for k in range(S):
+        row = M[0] / jnp.sqrt(M[0, 0])
+        upper.append(jnp.concatenate([jnp.zeros((k, row.shape[-1]), row.dtype), row[: S - k]]))
+        solved.append(row[S - k :])
+        M = M[1:, 1:] - row[1 : S - k, None] * row[None, 1:]
+    return jnp.stack(upper), jnp.stack(solved)
+
+
+def _forward(U: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Solve U'x = rhs by level: (S, S, J), (S, J)."""
+    x: list[jax.Array] = []
+    for s in range(U.shape[0]):
+        x.append((rhs[s] - sum(U[t, s] * x[t] for t in range(s))) / U[s, s])
+    return jnp.stack(x)
+
+
+def _backward(U: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Solve U x = rhs by level: (S, S, J), (S, J)."""
+    S = U.shape[0]
+    x: dict[int, jax.Array] = {}
+    for s in reversed(range(S)):
+        x[s] = (rhs[s] - sum(U[s, t] * x[t] for t in range(s + 1, S))) / U[s, s]
+    return jnp.stack([x[s] for s in range(S)])
+
+
+def _to_parent(parent: jax.Array, values: jax.Array, J: int) -> jax.Array:
+    """Sum the last axis (levels) by the level of the parent factor in which each lies."""
+    return jnp.zeros((*values.shape[:-1], J), values.dtype).at[..., parent].add(values)
+
+
+def _cross(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a'b per level: (S, m, J), (S, k, J) -> (m, k, J)."""
+    return jnp.einsum("smj,skj->mkj", a, b)
+
+
+def _eliminate(
+    layout: Layout, blocks: _Blocks, gram: Gram, i: int
+) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+    """Eliminate factor i of the chain; returns U, and L⁻¹ of the blocks to its right."""
+    U, W = _sweep(blocks.own[i], jnp.concatenate([*blocks.up[i], blocks.border[i]], axis=1))
+    W_up, at = [], 0
+    for _, S, _ in layout.chain[i + 1 :]:
+        W_up.append(W[:, at : at + S])
+        at += S
+    W = W[:, at:]
+    blocks.core[0] = blocks.core[0] - jnp.einsum("smj,skj->mk", W, W)
+    for a, (W_k, parent) in enumerate(zip(W_up, gram.parent[i], strict=True)):
+        k = i + 1 + a
+        J = layout.chain[k][2]
+        blocks.own[k] = blocks.own[k] - _to_parent(parent, _cross(W_k, W_k), J)
+        blocks.border[k] = blocks.border[k] - _to_parent(parent, _cross(W_k, W), J)
+        for b, W_l in enumerate(W_up[a + 1 :]):
+            blocks.up[k][b] = blocks.up[k][b] - _to_parent(parent, _cross(W_k, W_l), J)
+    return U, tuple(W_up), W
+
+
+def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
+    """The Cholesky factor without its last row: all that does not involve y.
+
+    O(J (S³ + S² m + S m²)) for the chain with m = d + p, and O((d + p)³) for the core.
+    """
+    blocks = _assemble(layout, lams, gram)
+    logdet = jnp.asarray(gram.logdet_R, blocks.core[0].dtype)
+    Us, ups, borders = [], [], []
+    for i in range(len(layout.chain)):
+        U, W_up, W = _eliminate(layout, blocks, gram, i)
+        logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(U)))
+        Us.append(U)
+        ups.append(W_up)
+        borders.append(W)
+    L = jnp.linalg.cholesky(blocks.core[0])
+    logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(L)[: layout.d]))
+    every = tuple(_block_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core))
+    return Factorised(every, tuple(Us), tuple(ups), tuple(borders), L, logdet)
+
+
+def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
+    """The row of L for one right-hand side: O(J S m) after the factorisation."""
+    c = len(layout.chain)
+    z = [_scale_rows(lam, a) for lam, a in zip(f.lams[:c], rhs.border, strict=True)]
+    at, parts = 0, []
+    for lam, (_, S, J) in zip(f.lams[c:], layout.core, strict=True):
+        parts.append((rhs.core[at : at + S * J].reshape(J, S) @ lam).reshape(-1))
+        at += S * J
+    core, r2 = jnp.concatenate([*parts, rhs.core[at:]]), rhs.yy
+    rows = []
+    for i in range(c):
+        row = _forward(f.U[i], z[i])
+        core = core - jnp.einsum("smj,sj->m", f.border[i], row)
+        r2 = r2 - jnp.sum(row**2)
+        for a, (W, parent) in enumerate(zip(f.up[i], gram.parent[i], strict=True)):
+            k = i + 1 + a
+            z[k] = z[k] - _to_parent(parent, jnp.einsum("stj,sj->tj", W, row), layout.chain[k][2])
+        rows.append(row)
+    l_y = jax.scipy.linalg.solve_triangular(f.core, core, lower=True)
+    return Row(tuple(rows), l_y, r2 - l_y @ l_y)
+
+
+def reduce(
+    layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Sequence[Any] = ()
+) -> Reduction:
+    """Factorise once. Differentiable in every array argument; jit, vmap and scan as you like.
+
+    Parameters
+    ----------
+    layout : Layout
+        Static description of the model.
+    theta : array, shape (n_theta,)
+        Parameters of Λ.
+    gram, rhs : Gram, Rhs
+        Cross-products.
+    units : sequence of arrays, optional
+        B⁻¹ per term, where ``theta`` is in other units than ``gram`` (Λ_gram = B⁻¹ Λ; any factor
+        of the covariance serves, triangular or not).
+
+    Returns
+    -------
+    Reduction
+
+    Notes
+    -----
+    Nothing depends on the number of rows; see :func:`factorise` and :func:`forward` for the cost.
+    """
+    return reduce_factors(layout, factors(layout, theta, units), gram, rhs)
+
+
+def reduce_factors(layout: Layout, lams: list[jax.Array], gram: Gram, rhs: Rhs) -> Reduction:
+    """:func:`reduce` from the factors Λ themselves, one (S, S) matrix a term."""
+    f = factorise(layout, lams, gram)
+    row = forward(layout, f, gram, rhs)
+    d, n = layout.d, jnp.asarray(gram.n, f.core.dtype)
+    return Reduction(n, f.logdet, f.core[d:, d:], row.core[d:], row.r2, f, row)
+
+
+# -------------------------------------------------------------------------------------------------
+# Heads: -2 log-likelihoods, small functions of a Reduction
+# -------------------------------------------------------------------------------------------------
+
+
+def residual_df(red: Reduction, method: str) -> jax.Array:
+    """ν: n for ML, n - p for REML."""
+    return red.n - (red.p if method == "REML" else 0)
+
+
+def profiled_sigma2(red: Reduction, method: str) -> jax.Array:
+    """σ̂²(θ) = r² / ν (Bates et al. 2015, eqs 32 and 41)."""
+    return red.r2 / residual_df(red, method)
+
+
+def logdets(red: Reduction, method: str) -> jax.Array:
+    """log |V|, and for REML + log |X'V⁻¹X|."""
+    return red.logdet_V + (red.logdet_X if method == "REML" else 0.0)
+
+
+def deviance(red: Reduction, method: str, sigma2: jax.Array | None = None) -> jax.Array:
+    """-2 log-likelihood, profiled over β and, where ``sigma2`` is None, over σ² as well.
+
+    ``method="REML"`` integrates β out instead (Bates et al. 2015, eqs 34 and 42).
+    """
+    nu = residual_df(red, method)
+    s2 = profiled_sigma2(red, method) if sigma2 is None else sigma2
+    return logdets(red, method) + nu * (LOG_2PI + jnp.log(s2)) + red.r2 / s2
+
+
+def quadratic(red: Reduction) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """S = [X y]'V⁻¹[X y] as its blocks X'V⁻¹X, X'V⁻¹y, y'V⁻¹y (times σ²)."""
+    return red.L_X @ red.L_X.T, red.L_X @ red.l_y, red.r2 + red.l_y @ red.l_y
+
+
+def loglik_given_beta(red: Reduction, beta: jax.Array, sigma2: jax.Array) -> jax.Array:
+    """log p(y | β, θ, σ), random effects integrated out."""
+    xx, xy, yy = quadratic(red)
+    rss = yy - 2 * beta @ xy + beta @ xx @ beta
+    return -0.5 * (red.logdet_V + red.n * (LOG_2PI + jnp.log(sigma2)) + rss / sigma2)
+
+
+def loglik_gaussian_beta(
+    red: Reduction, mean: jax.Array, precision: jax.Array, logdet: jax.Array, sigma2: jax.Array
+) -> jax.Array:
+    """log p(y | θ, σ) with β ~ N(mean, precision⁻¹) integrated out; ``logdet`` of the precision.
+
+    A flat prior is precision 0 and logdet 0: the restricted likelihood, up to its constant.
+    """
+    xx, xy, yy = quadratic(red)
+    Q = xx / sigma2 + precision
+    L = jnp.linalg.cholesky(Q)
+    half = jax.scipy.linalg.solve_triangular(L, xy / sigma2 + precision @ mean, lower=True)
+    rss = yy / sigma2 + mean @ precision @ mean - half @ half
+    logdet_Q = 2 * jnp.sum(jnp.log(jnp.diagonal(L))) - logdet
+    return -0.5 * (red.logdet_V + red.n * (LOG_2PI + jnp.log(sigma2)) + logdet_Q + rss)
+
+
+# -------------------------------------------------------------------------------------------------
+# Effects
+# -------------------------------------------------------------------------------------------------
+
+
+def fixef(red: Reduction) -> jax.Array:
+    """β̂(θ), generalised least squares, shape (p,)."""
+    return jax.scipy.linalg.solve_triangular(red.L_X, red.l_y, lower=True, trans=1)
+
+
+def unscaled_vcov(red: Reduction) -> jax.Array:
+    """(X'V⁻¹X)⁻¹ in units of σ², shape (p, p)."""
+    inverse = jax.scipy.linalg.solve_triangular(
+        red.L_X, jnp.eye(red.p, dtype=red.L_X.dtype), lower=True
+    )
+    return inverse.T @ inverse
+
+
+def ranef(
+    layout: Layout,
+    gram: Gram,
+    red: Reduction,
+    beta: jax.Array,
+    noise: tuple[jax.Array, ...] | None = None,
+) -> tuple[jax.Array, ...]:
+    """b given β and θ by back-substitution: its mode, or with ``noise`` an exact draw.
+
+    Parameters
+    ----------
+    noise : tuple of arrays, optional
+        N(0, σ²) numbers, one array (S, J) per factor in the order chain, core.
+
+    Returns
+    -------
+    tuple of arrays
+        b per factor, (S, J), chain first.
+    """
+    f, d, c = red.factorised, layout.d, len(layout.chain)
+    every = (*layout.chain, *layout.core)
+    z = noise if noise is not None else [jnp.zeros((S, J), beta.dtype) for _, S, J in every]
+    rhs = red.row.core[:d] - f.core[d:, :d].T @ beta
+    rhs = rhs + jnp.concatenate([jnp.zeros(0, beta.dtype), *[a.T.reshape(-1) for a in z[c:]]])
+    u_core = jax.scipy.linalg.solve_triangular(f.core[:d, :d], rhs, lower=True, trans=1)
+    known = jnp.concatenate([u_core, beta])
+    u: dict[int, jax.Array] = {}
+    for i in reversed(range(c)):
+        rhs = red.row.chain[i] - jnp.einsum("smj,m->sj", f.border[i], known) + z[i]
+        for k, (W, parent) in enumerate(zip(f.up[i], gram.parent[i], strict=True)):
+            rhs = rhs - jnp.einsum("stj,tj->sj", W, u[i + 1 + k][:, parent])
+        u[i] = _backward(f.U[i], rhs)
+    at = 0
+    for i, (_, S, J) in enumerate(layout.core):
+        u[c + i] = u_core[at : at + S * J].reshape(J, S).T
+        at += S * J
+    return tuple(lam @ u[i] for i, lam in enumerate(f.lams))
+
+
+def ranef_cov(
+    layout: Layout, theta: jax.Array, gram: Gram, fixed_known: bool = True
+) -> tuple[jax.Array, ...]:
+    r"""Covariance of b - b̂ per level, in units of σ²: (S, S, J) per factor, chain first.
+
+    ``fixed_known=True`` conditions on β (lme4's conditional variances); False carries the
+    uncertainty of β as well (Henderson's prediction-error variance).
+
+    Notes
+    -----
+    Since ∂ log|Λ'AΛ + I| / ∂A = Λ(Λ'AΛ + I)⁻¹Λ', the blocks are the gradient of the ML (or REML)
+    log-determinant in the cross-products: one reverse pass, no inverse is formed.
+    """
+
+    def logdet(own: tuple[jax.Array, ...], core: jax.Array) -> jax.Array:
+        moved = gram._replace(own=own, core=core)
+        f = factorise(layout, factors(layout, theta), moved)
+        log_X = jnp.log(jnp.diagonal(f.core)[layout.d :])
+        return f.logdet + (0.0 if fixed_known else 2 * jnp.sum(log_X))
+
+    own, core = jax.grad(logdet, argnums=(0, 1))(gram.own, gram.core)
+    blocks, at = [0.5 * (a + jnp.swapaxes(a, 0, 1)) for a in own], 0
+    for _, S, J in layout.core:
+        part = core[at : at + S * J, at : at + S * J].reshape(J, S, J, S)
+        part = jnp.einsum("jsjt->stj", part)
+        blocks.append(0.5 * (part + jnp.swapaxes(part, 0, 1)))
+        at += S * J
+    return tuple(blocks)

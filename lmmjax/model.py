@@ -1,0 +1,347 @@
+"""The model: formula and data stated once, to be fitted by likelihood or sampled."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmmjax import estimate, gram
+from lmmjax import likelihood as lk
+from lmmjax.design import Design, build_design
+from lmmjax.errors import DataError, DesignError, FormulaError
+from lmmjax.gram import Gram, Rhs
+from lmmjax.precision import require_float64
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lmmjax.bayes.posterior import Posterior
+    from lmmjax.fit import Fit
+
+METHODS = ("ML", "REML")
+
+
+def check_method(method: str) -> str:
+    """Normalise "reml" / "REML" and refuse anything else."""
+    if not isinstance(method, str) or method.upper() not in METHODS:
+        raise FormulaError(f"method={method!r} is unknown; expected 'REML' or 'ML'.")
+    return method.upper()
+
+
+class Model:
+    """A linear mixed model y = Xβ + Zb + ε, b ~ N(0, D), ε ~ N(0, σ²W⁻¹), for one data set.
+
+    Parameters
+    ----------
+    formula : str
+        R and lme4 syntax: ``"Reaction ~ Days + (Days | Subject)"``. Without bars a linear model.
+        Formulas are evaluated as code; see ``safe``.
+    data : DataFrame
+        Any table that narwhals knows (pandas, polars, pyarrow ...). It is not changed.
+    residual : str, optional
+        Structure of the residuals: None (independent) or ``"varfixed(v)"``, Var(ε_i) = σ² v_i with
+        ``v`` a column or an expression such as ``1/w``.
+    weights : str or array, shape (rows,), optional
+        Precision weights, Var(ε_i) = σ²/w_i; a column name or an array.
+    offset : str or array, shape (rows,), optional
+        Known part of the mean; adds to any ``offset(x)`` in the formula.
+    contrasts : dict, optional
+        ``{"f": "treatment" | "sum" | "helmert" | "poly"}``; default as R: treatment for factors,
+        polynomial for ordered ones.
+    missing : {"drop", "raise"}
+        Drop rows with missing values in any variable used (and count them), or raise.
+    safe : bool
+        Accept only a fixed list of functions in the formula, for text from untrusted sources.
+    dtype : {"float64", "float32"}
+        Precision of the arithmetic; float32 loses digits and is for accelerators and study.
+
+    Raises
+    ------
+    FormulaError, DataError, DesignError
+        Each says what was found, what was expected and what to do.
+
+    Notes
+    -----
+    Building costs one pass over the rows: O(n (p + S + d)²) at worst. What is fitted afterwards no
+    longer depends on n.
+
+    References
+    ----------
+    Bates, Maechler, Bolker and Walker (2015). Fitting linear mixed-effects models using lme4.
+    J. Stat. Soft. 67(1).
+
+    Examples
+    --------
+    >>> import lmmjax as lmm
+    >>> model = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff"))
+    >>> model.n_obs, model.groups
+    (30, {'Batch': 6})
+    """
+
+    def __init__(
+        self,
+        formula: str,
+        data: Any,
+        *,
+        residual: str | None = None,
+        weights: Any = None,
+        offset: Any = None,
+        contrasts: dict[str, str] | None = None,
+        missing: str = "drop",
+        safe: bool = False,
+        dtype: str = "float64",
+    ) -> None:
+        if dtype not in ("float64", "float32"):
+            raise DataError(f"dtype={dtype!r} is unknown; expected 'float64' or 'float32'.")
+        self.formula = formula
+        self.residual = residual
+        self.dtype = dtype
+        self.design: Design = build_design(
+            formula,
+            data,
+            weights=_known_variances(residual, weights),
+            offset=offset,
+            contrasts=contrasts,
+            missing=missing,
+            safe=safe,
+        )
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def n_obs(self) -> int:
+        """Number of rows used."""
+        return self.design.n
+
+    @property
+    def n_dropped(self) -> int:
+        """Number of rows dropped for missing values."""
+        return self.design.n_dropped
+
+    @property
+    def rows(self) -> pd.Index:
+        """The caller's labels of the rows used."""
+        return self.design.rows
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Grouping factors and their numbers of levels, in formula order."""
+        return {t.group: len(t.levels) for t in self.design.terms}
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the model has random effects."""
+        return bool(self.design.terms)
+
+    @property
+    def theta_names(self) -> list[str]:
+        """Names of θ: lower triangles of the relative factors, terms in formula order (lme4)."""
+        names = []
+        for term, structure in zip(self.design.terms, self._plan.layout.structures, strict=True):
+            names += [f"{term.group}.{x}" for x in structure.theta_names(term.names)]
+        return names
+
+    @property
+    def theta0(self) -> np.ndarray:
+        """The start of the optimisation as θ in the units of the data; shape (n_theta,)."""
+        return self._theta_public(estimate.start(self._plan.layout))
+
+    # -- the pieces of the likelihood -----------------------------------------------------------
+
+    @cached_property
+    def _standard(self) -> tuple[gram.Plan, gram.Units, Gram, Rhs]:
+        the_plan = gram.plan(self.design)
+        standardised = gram.standardise(self.design)
+        return (
+            the_plan,
+            standardised.units,
+            *gram.crossproducts(self.design, the_plan, standardised),
+        )
+
+    @property
+    def _plan(self) -> gram.Plan:
+        return self._standard[0]
+
+    @property
+    def _units(self) -> gram.Units:
+        return self._standard[1]
+
+    def _arrays(self) -> tuple[Gram, Rhs]:
+        """Cross-products in the model's precision (parents stay integers)."""
+        _, _, the_gram, rhs = self._standard
+        if self.dtype == "float64":
+            return the_gram, rhs
+        cast = lambda a: a.astype(np.float32) if a.dtype == np.float64 else a  # noqa: E731
+        return jax.tree.map(cast, (the_gram, rhs))
+
+    def _theta_public(self, theta_s: np.ndarray) -> np.ndarray:
+        """θ of the standardised problem -> θ in the units of the data."""
+        pieces = []
+        for lam, B, s in zip(
+            self._factors(theta_s), self._units.B, self._plan.layout.structures, strict=True
+        ):
+            pieces.append(s.from_factor(B @ lam))
+        return np.concatenate([np.zeros(0), *pieces])
+
+    def _theta_standard(self, theta: np.ndarray) -> np.ndarray:
+        """θ in the units of the data -> θ of the standardised problem."""
+        pieces = []
+        for lam, B, s in zip(
+            self._factors(theta), self._units.B, self._plan.layout.structures, strict=True
+        ):
+            pieces.append(s.from_factor(np.linalg.solve(B, lam)))
+        return np.concatenate([np.zeros(0), *pieces])
+
+    def _factors(self, theta: Any) -> list[np.ndarray]:
+        return lk.factors(self._plan.layout, np.asarray(theta, float))
+
+    def deviance(self, theta: Any, method: str = "REML") -> jax.Array:
+        """-2 log-likelihood as a pure function of θ, β and σ profiled out (β integrated in REML).
+
+        Made to be transformed: ``jax.jit``, ``grad``, ``hessian``, ``vmap`` and ``scan`` of it
+        work, in the caller's precision.
+
+        Parameters
+        ----------
+        theta : array, shape (n_theta,)
+            As ``Fit.theta``: relative to σ, in the units of the data, terms in formula order, each
+            the lower triangle of Λ column by column.
+        method : {"REML", "ML"}
+
+        Raises
+        ------
+        PrecisionError
+            Outside ``with lmmjax.float64():``, unless the model was built with dtype="float32".
+
+        Notes
+        -----
+        O(J S³ + (d + p)³); independent of the number of rows. Bates et al. (2015), eqs 34 and 42.
+        """
+        method = check_method(method)
+        if self.dtype == "float64":
+            require_float64("Model.deviance")
+        theta = jnp.asarray(theta, self.dtype)
+        layout = self._plan.layout
+        if theta.shape != (layout.n_theta,):
+            raise DataError(
+                f"theta has shape {theta.shape}; expected ({layout.n_theta},), "
+                f"one value for each of {self.theta_names}."
+            )
+        the_gram, rhs = self._arrays()
+        undo = [np.linalg.inv(B).astype(self.dtype) for B in self._units.B]
+        red = lk.reduce(layout, theta, the_gram, rhs, undo)
+        return lk.deviance(red, method) + self._units.constant(method)
+
+    # -- what to do with it ---------------------------------------------------------------------
+
+    def fit(
+        self,
+        method: str = "REML",
+        *,
+        df: str | None = None,
+        optimizer: Any = "newton",
+        start: Any = None,
+    ) -> Fit:
+        """Estimate by restricted or plain maximum likelihood.
+
+        Parameters
+        ----------
+        method : {"REML", "ML"}
+        df : {"satterthwaite", "residual", "wald"}, optional
+            Default degrees of freedom of the result's tests; Satterthwaite for mixed models,
+            residual for linear ones.
+        optimizer : {"newton", "lbfgs", "adam"} or optax transformation
+            Trust-region Newton on exact derivatives by default; all minimise the same objective.
+        start : array, shape (n_theta,), optional
+            θ to start from, in the units of the data; no parameter may be 0.
+
+        Returns
+        -------
+        Fit
+
+        Warns
+        -----
+        ConvergenceWarning, SingularFitWarning
+        """
+        from lmmjax.fit import fit_model
+
+        return fit_model(self, check_method(method), df=df, optimizer=optimizer, start=start)
+
+    def sample(self, method: str = "nuts", **options: Any) -> Posterior:
+        """Draw from the posterior; see :func:`lmmjax.bayes.posterior.sample_model`."""
+        from lmmjax.bayes.posterior import sample_model
+
+        return sample_model(self, method=method, **options)
+
+    def numpyro_model(self, form: str = "marginal", priors: Any = "default") -> Any:
+        """The model as a NumPyro function; see :func:`lmmjax.bayes.numpyro_model.build`."""
+        from lmmjax.bayes.numpyro_model import build
+
+        return build(self, form=form, priors=priors)
+
+    def simulate(
+        self, *, beta: Any = None, theta: Any = None, sigma: float, seed: int = 0, n: int = 1
+    ) -> pd.DataFrame:
+        """Simulate responses on this design.
+
+        Parameters
+        ----------
+        beta : array (p,), optional
+            Fixed effects in the order of the design; zeros by default.
+        theta : array (n_theta,), optional
+            Relative covariance parameters; zeros by default (no random effects).
+        sigma : float
+            Residual standard deviation.
+        seed, n : int
+            Seed, and number of responses.
+
+        Returns
+        -------
+        DataFrame, shape (n_obs, n)
+            Columns ``sim_1`` ..., on the row labels of the rows used.
+        """
+        from lmmjax.simulate import simulate
+
+        layout = self._plan.layout
+        beta = np.zeros(self.design.p) if beta is None else np.asarray(beta, float)
+        theta = np.zeros(layout.n_theta) if theta is None else np.asarray(theta, float)
+        return simulate(self.design, beta, self._factors(theta), float(sigma), n=n, seed=seed)
+
+    # -- people ---------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        from lmmjax.display import model_text
+
+        return model_text(self)
+
+    def _repr_html_(self) -> str:
+        from lmmjax.display import preformatted
+
+        return preformatted(repr(self))
+
+
+_VARFIXED = re.compile(r"^\s*varfixed\s*\((?P<expr>.*)\)\s*$", re.DOTALL)
+
+
+def _known_variances(residual: str | None, weights: Any) -> Any:
+    """Weights of the model; ``varfixed(v)`` is weights 1/v, and both at once is an error."""
+    if residual is None:
+        return weights
+    match = _VARFIXED.match(residual)
+    if match is None:
+        raise FormulaError(
+            f"residual={residual!r} is not supported; expected None (independent errors) or "
+            '"varfixed(v)" for known variances. Correlated errors of a group can be modelled by '
+            "random effects."
+        )
+    if weights is not None:
+        raise DesignError(
+            f"both weights= and residual={residual!r} were given; each states the known variances "
+            "(weights = 1/v). Give one of them."
+        )
+    return f"1/({match['expr'].strip()})"

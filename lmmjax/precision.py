@@ -1,0 +1,93 @@
+"""Double precision without touching the caller's JAX configuration.
+
+Public methods run inside :func:`float64` and hand back NumPy and pandas, so the caller's own
+arrays and compiled functions never change their type. Functions that are *given away* to be
+transformed by the caller (``Model.deviance``, ``Model.numpyro_model``) cannot switch precision
+under somebody else's ``grad`` or ``jit``; they check it with :func:`require_float64` instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import jax
+
+from lmmjax.errors import PrecisionError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Run the block in double precision; nothing outside the block changes.
+
+    The switch is local to the thread that enters it: a worker thread enters its own.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import lmmjax as lmm
+    >>> with lmm.float64():
+    ...     jnp.zeros(2).dtype
+    dtype('float64')
+    """
+    with jax.enable_x64(True):
+        yield
+
+
+def in_float64(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public method so that its body runs in double precision."""
+
+    @functools.wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.enable_x64(True):
+            return function(*args, **kwargs)
+
+    return inside
+
+
+def is_float64() -> bool:
+    """Tell whether JAX makes float64 arrays at this place."""
+    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+
+def require_float64(name: str) -> None:
+    """Raise :class:`PrecisionError` where ``name`` would silently lose half its digits."""
+    if not is_float64():
+        raise PrecisionError(
+            f"{name} was called while JAX makes 32-bit arrays; it needs 64-bit ones. "
+            "Put the call, and the transformation around it, inside `with lmmjax.float64():`, "
+            'or build the model with dtype="float32" to accept the loss of digits.'
+        )
+
+
+def enable_cache(path: str | os.PathLike[str] | None = None) -> Path:
+    """Keep compiled programs on disk, so that the next process need not compile them again.
+
+    A cache that the user has set before is respected: its folder is returned and nothing changes.
+
+    Parameters
+    ----------
+    path : path, optional
+        Folder of the cache. By default ``LMMJAX_CACHE``, or ``lmmjax`` in the user's cache folder.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder in use.
+    """
+    already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if already:
+        return Path(already)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(path or os.environ.get("LMMJAX_CACHE") or Path(base) / "lmmjax")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    return folder

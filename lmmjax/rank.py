@@ -1,0 +1,112 @@
+"""Which columns of X depend linearly on those before them.
+
+The rule is that of R's ``lm`` (LINPACK's dqrdc2): a column is dropped when the part of it that the
+columns before it leave unexplained is shorter than 1e-7 of the column. Unlike R, columns are judged
+after centring and scaling, so a year or ``x + 1e8`` beside an intercept is kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["clearly_independent", "independent_columns"]
+
+TOLERANCE = 1e-7
+_CLEAR = 1e-8  # squared length below which cross-products can no longer tell
+_ROWS = 65_536
+
+
+def _chunks(X: np.ndarray):
+    for start in range(0, X.shape[0], _ROWS):
+        yield X[start : start + _ROWS]
+
+
+def clearly_independent(X: np.ndarray, intercept: bool) -> bool:
+    """Return True if the cross-products alone prove full column rank.
+
+    Parameters
+    ----------
+    X : (n, p) array
+        The first column is the constant if `intercept`.
+
+    Notes
+    -----
+    One pass, O(n p^2). False means "look closer", not "dependent".
+    """
+    Y = X[:, 1:] if intercept else X
+    n, p = Y.shape
+    if p == 0:
+        return True
+    if n <= p:
+        return False
+    shift = Y[0] if intercept else np.zeros(p)
+    gram, total = np.zeros((p, p)), np.zeros(p)
+    for chunk in _chunks(Y):
+        moved = chunk - shift
+        gram += moved.T @ moved
+        total += moved.sum(axis=0)
+    if intercept:
+        gram -= np.outer(total, total) / n
+    lengths = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    # A mean far from the first row costs digits; then the careful way decides.
+    if not np.all(lengths**2 > 1e-6 * total**2 / n) or not np.all(lengths > 0):
+        return False
+    try:
+        root = np.linalg.cholesky(gram / np.outer(lengths, lengths))
+    except np.linalg.LinAlgError:
+        return False
+    return bool(np.min(np.diag(root)) ** 2 > _CLEAR)
+
+
+def independent_columns(X: np.ndarray, intercept: bool) -> np.ndarray:
+    """Return (p,) bool: True for the columns that ``lm`` would keep.
+
+    Parameters
+    ----------
+    X : (n, p) array
+        Columns, already centred by variable where the column space allows it.
+    intercept : bool
+        The first column is the constant: it is kept, and the others are centred.
+
+    Notes
+    -----
+    O(n p^2) for the triangular factor, taken in chunks of rows, then O(p^3).
+    """
+    if not intercept:
+        return _keep(_triangle(X, None), np.ones(X.shape[1], bool))
+    keep = np.ones(X.shape[1], bool)
+    Y = X[:, 1:]
+    shift = Y[0].copy()  # exact zeros for constant columns
+    mean = np.zeros_like(shift)
+    for chunk in _chunks(Y):
+        mean += (chunk - shift).sum(axis=0) / X.shape[0]
+    varies = np.array([bool(np.any(Y[:, j] != shift[j])) for j in range(Y.shape[1])], bool)
+    keep[1:] = _keep(_triangle(Y, (shift, mean)), varies)
+    return keep
+
+
+def _triangle(X: np.ndarray, centre: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    """Return R of the QR decomposition of the (centred) columns."""
+    R = np.zeros((0, X.shape[1]))
+    for chunk in _chunks(X):
+        moved = chunk if centre is None else (chunk - centre[0]) - centre[1]
+        R = np.linalg.qr(np.vstack([R, moved]), mode="r")
+    return R
+
+
+def _keep(R: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Project each column of R on the columns kept so far; R has the inner products of X."""
+    keep = np.zeros(R.shape[1], bool)
+    basis = np.zeros((R.shape[0], 0))
+    for j in np.flatnonzero(candidates):
+        length = np.linalg.norm(R[:, j])
+        if length == 0.0:
+            continue
+        rest = R[:, j] / length
+        for _ in range(2):  # twice is enough (Kahan)
+            rest = rest - basis @ (basis.T @ rest)
+        left = np.linalg.norm(rest)
+        if left >= TOLERANCE:
+            keep[j] = True
+            basis = np.column_stack([basis, rest / left])
+    return keep

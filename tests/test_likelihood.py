@@ -1,0 +1,332 @@
+"""The likelihood against dense matrices, and the identities that any correct one obeys."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from designs import dense, design, factor_codes, layouts, problem, random_theta
+
+from lmmjax import estimate, gram
+from lmmjax import likelihood as lk
+from lmmjax.precision import float64
+
+LAYOUTS = layouts()
+METHODS = ("ML", "REML")
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+    with float64():
+        yield
+
+
+def criterion(d: Any, theta: np.ndarray, method: str, sigma: float | None = None) -> float:
+    """-2 log-likelihood in the units of the data, for θ in the units of the data."""
+    plan, units, g, rhs = problem(d)
+    undo = [np.linalg.inv(B) for B in units.B]
+    red = lk.reduce(plan.layout, jnp.asarray(theta), g, rhs, undo)
+    s2 = None if sigma is None else jnp.asarray((sigma / units.scale) ** 2)
+    return float(lk.deviance(red, method, s2)) + units.constant(method)
+
+
+def data_factors(d: Any, theta: np.ndarray) -> list[np.ndarray]:
+    plan = gram.plan(d)
+    return [np.asarray(a) for a in lk.factors(plan.layout, jnp.asarray(theta))]
+
+
+@pytest.mark.parametrize("p", [1, 3])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_blocked_equals_dense(name: str, p: int) -> None:
+    d = design(LAYOUTS[name], 120, p)
+    theta = random_theta(d)
+    expected = dense(d, data_factors(d, theta))
+    for method in METHODS:
+        assert criterion(d, theta, method) == pytest.approx(expected[method], rel=1e-11, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["slope", "nested and crossed"])
+def test_given_sigma_equals_dense(name: str) -> None:
+    d = design(LAYOUTS[name], 120, 2)
+    theta = random_theta(d)
+    expected = dense(d, data_factors(d, theta), sigma=2.5)
+    for method in METHODS:
+        assert criterion(d, theta, method, 2.5) == pytest.approx(expected[method], rel=1e-11)
+
+
+def test_without_fixed_effects() -> None:
+    d = design(LAYOUTS["crossed slopes"], 120, 2)
+    d.X, d.p = np.zeros((120, 0)), 0
+    theta = random_theta(d)
+    expected = dense(d, data_factors(d, theta))
+    assert criterion(d, theta, "ML") == pytest.approx(expected["ML"], rel=1e-11)
+    assert criterion(d, theta, "REML") == criterion(d, theta, "ML")
+
+
+@pytest.mark.parametrize("name", [k for k in LAYOUTS if k != "linear model"])
+def test_effects_equal_dense(name: str) -> None:
+    d = design(LAYOUTS[name], 120, 2)
+    plan, units, g, rhs = problem(d)
+    theta_s = jnp.asarray(random_theta(d))
+    lams = [
+        B @ np.asarray(a)
+        for B, a in zip(units.B, lk.factors(plan.layout, theta_s), strict=True)
+    ]
+    expected = dense(d, lams)
+    red = lk.reduce(plan.layout, theta_s, g, rhs)
+    beta = units.beta0 + units.scale * units.A @ np.asarray(lk.fixef(red))
+    np.testing.assert_allclose(beta, expected["beta"], rtol=1e-8, atol=1e-8)
+    vcov = units.A @ np.asarray(lk.unscaled_vcov(red)) @ units.A.T
+    np.testing.assert_allclose(vcov, expected["unscaled_vcov"], rtol=1e-6, atol=1e-12)
+    b, cov = estimate.effects(plan.layout, g, rhs, theta_s)
+    for factor, b_f, cov_f in zip(plan.factors, b, cov, strict=True):
+        at = 0
+        for k in factor.terms:
+            B, S = units.B[k], d.terms[k].z.shape[1]
+            mine = units.scale * np.asarray(b_f)[at : at + S].T @ B.T
+            np.testing.assert_allclose(mine, expected["ranef"][k], atol=1e-8)
+            block = np.moveaxis(np.asarray(cov_f)[at : at + S, at : at + S], -1, 0)
+            np.testing.assert_allclose(B @ block @ B.T, expected["ranef_cov"][k], atol=1e-8)
+            at += S
+
+
+@pytest.mark.parametrize("name", ["slope", "nested and crossed"])
+def test_prediction_variance_equals_dense(name: str) -> None:
+    d = design(LAYOUTS[name], 120, 2)
+    plan, units, g, _ = problem(d)
+    theta_s = jnp.asarray(random_theta(d))
+    lams = [
+        B @ np.asarray(a)
+        for B, a in zip(units.B, lk.factors(plan.layout, theta_s), strict=True)
+    ]
+    Z, G = (dense(d, lams)[k] for k in ("Z", "G"))
+    W, XZ = np.diag(d.weights), np.hstack([d.X, Z])
+    C = XZ.T @ W @ XZ
+    C[d.p :, d.p :] += np.linalg.inv(G)
+    expected = np.einsum("ij,ij->i", XZ, np.linalg.solve(C, XZ.T).T)[:7]
+    one = SimpleNamespace(
+        X=d.X[:7],
+        terms=tuple((t.z[:7], t.codes[:7], t.levels[t.codes[:7]]) for t in d.terms),
+    )
+    from lmmjax.predict import _rows
+
+    fit = SimpleNamespace(model=SimpleNamespace(_plan=plan, _units=units))
+    rows = _rows(fit, one, slice(0, 7))
+    got = estimate.unscaled_prediction_variance(plan.layout, theta_s, g, rows)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+# -- identities --------------------------------------------------------------------------------
+
+
+def moved(d: Any, **changes: Any) -> Any:
+    return SimpleNamespace(**{**vars(d), **changes})
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    return design(LAYOUTS["nested and crossed"], 120, 3)
+
+
+def test_row_order_does_not_matter(example: Any) -> None:
+    order = np.random.default_rng(3).permutation(120)
+    terms = tuple(
+        SimpleNamespace(**{**vars(t), "z": t.z[order], "codes": t.codes[order]})
+        for t in example.terms
+    )
+    shuffled = moved(
+        example,
+        X=example.X[order],
+        y=example.y[order],
+        offset=example.offset[order],
+        weights=example.weights[order],
+        terms=terms,
+    )
+    theta = random_theta(example)
+    for method in METHODS:
+        same = criterion(shuffled, theta, method)
+        assert same == pytest.approx(criterion(example, theta, method), rel=1e-12)
+
+
+def test_labels_of_levels_do_not_matter(example: Any) -> None:
+    rng = np.random.default_rng(4)
+    terms = []
+    for t in example.terms:
+        new = rng.permutation(len(t.levels)).astype(np.int32)
+        terms.append(SimpleNamespace(**{**vars(t), "codes": new[t.codes]}))
+    theta = random_theta(example)
+    relabelled = criterion(moved(example, terms=tuple(terms)), theta, "REML")
+    assert relabelled == pytest.approx(criterion(example, theta, "REML"), rel=1e-12)
+
+
+def test_sign_of_a_column_does_not_matter(example: Any) -> None:
+    t = example.terms[0]
+    flipped = SimpleNamespace(**{**vars(t), "z": t.z * np.array([1.0, -1.0])})
+    theta = random_theta(example)
+    mirrored = theta.copy()
+    mirrored[1] *= -1  # Λ with the second row's sign changed
+    mirrored[2] *= -1
+    a = criterion(example, theta, "REML")
+    b = criterion(moved(example, terms=(flipped, *example.terms[1:])), mirrored, "REML")
+    assert a == pytest.approx(b, rel=1e-11)
+
+
+def test_adding_fixed_effects_to_y_does_not_matter(example: Any) -> None:
+    theta = random_theta(example)
+    shifted = moved(example, y=example.y + example.X @ np.array([3.0, -0.2, 0.1]))
+    for method in METHODS:
+        assert criterion(shifted, theta, method) == pytest.approx(
+            criterion(example, theta, method), rel=1e-10
+        )
+
+
+@pytest.mark.parametrize("c", [1e-6, 3.0, 1e6])
+def test_scale_of_y_adds_its_jacobian(example: Any, c: float) -> None:
+    theta = random_theta(example)
+    scaled = moved(example, y=c * example.y, offset=c * example.offset)
+    for method, nu in (("ML", 120), ("REML", 117)):
+        difference = criterion(scaled, theta, method) - criterion(example, theta, method)
+        assert difference == pytest.approx(2 * nu * np.log(c), rel=1e-11)
+
+
+def test_basis_of_X_adds_its_jacobian_to_reml(example: Any) -> None:
+    theta = random_theta(example)
+    T = np.array([[1.0, 0.2, 0.0], [0.0, 2.0, 0.3], [0.0, 0.0, 0.5]])
+    other = moved(example, X=example.X @ T)
+    assert criterion(other, theta, "ML") == pytest.approx(criterion(example, theta, "ML"), rel=1e-9)
+    difference = criterion(other, theta, "REML") - criterion(example, theta, "REML")
+    assert difference == pytest.approx(2 * np.linalg.slogdet(T)[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [2000.0, 1e8])
+def test_years_and_huge_offsets_cost_no_digits(shift: float) -> None:
+    base = design(LAYOUTS["slope"], 120, 2)
+    # numbers that stay exact under the shift, so that the data themselves lose nothing
+    x, z = (np.round(a[:, 1] * 64) / 64 for a in (base.X, base.terms[0].z))
+    lam = np.array([[0.7, 0.0], [0.3, 0.4]])
+
+    def value(by: float) -> float:
+        term = SimpleNamespace(**vars(base.terms[0]))
+        term.z = np.column_stack([np.ones(120), z + by])
+        d = moved(base, X=np.column_stack([np.ones(120), x + by]), terms=(term,))
+        plan, units, g, rhs = problem(d)
+        # the covariance about the same origin: b_intercept moves by -shift * b_slope
+        origin = np.linalg.inv(units.B[0]) @ np.array([[1.0, -by], [0.0, 1.0]])
+        red = lk.reduce_factors(plan.layout, [jnp.asarray(origin @ lam)], g, rhs)
+        return float(lk.deviance(red, "REML"))
+
+    assert value(shift) == pytest.approx(value(0.0), rel=1e-12)
+
+
+def test_crossproducts_add_over_rows(example: Any) -> None:
+    plan, standardised = gram.plan(example), gram.standardise(example)
+    whole = gram.crossproducts(example, plan, standardised)
+
+    def part(rows: slice) -> Any:
+        terms = tuple(
+            SimpleNamespace(**{**vars(t), "z": t.z[rows], "codes": t.codes[rows]})
+            for t in example.terms
+        )
+        d = moved(example, terms=terms, weights=example.weights[rows])
+        z = tuple(a[rows] for a in standardised.Z)
+        s = gram.Standardised(standardised.X[rows], standardised.y[rows], z, standardised.units)
+        return gram.crossproducts(d, plan, s, whole[0].parent)
+
+    first, second = part(slice(0, 50)), part(slice(50, 120))
+    for name in ("own", "up", "border", "core", "n", "logdet_R"):
+        a, b, c = (jax.tree.leaves(getattr(g[0], name)) for g in (first, second, whole))
+        for x, y, z in zip(a, b, c, strict=True):
+            np.testing.assert_allclose(x + y, z, rtol=1e-12, atol=1e-10)
+    summed = jax.tree.map(np.add, first[1], second[1])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-10), summed, whole[1])
+
+
+@pytest.mark.parametrize("name", ["slope", "compound symmetry", "nested and crossed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_equals_finite_differences(name: str, method: str) -> None:
+    d = design(LAYOUTS[name], 120, 2)
+    plan, _, g, rhs = problem(d)
+
+    def f(t: jax.Array) -> jax.Array:
+        return estimate.criterion(plan.layout, method, t, g, rhs)
+
+    theta, h = jnp.asarray(random_theta(d)), 1e-5
+    slope = jax.jit(jax.grad(f))(theta)
+    value = jax.jit(f)
+    numeric = [(value(theta + h * e) - value(theta - h * e)) / (2 * h) for e in np.eye(len(theta))]
+    np.testing.assert_allclose(slope, numeric, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["slope", "crossed"])
+def test_gradient_is_zero_where_a_column_of_the_factor_is(name: str) -> None:
+    d = design(LAYOUTS[name], 120, 2)
+    plan, _, g, rhs = problem(d)
+    theta = jnp.zeros(plan.layout.n_theta)
+    slope = jax.grad(lambda t: estimate.criterion(plan.layout, "REML", t, g, rhs))(theta)
+    np.testing.assert_array_equal(slope, 0.0)
+
+
+# -- contracts ----------------------------------------------------------------------------------
+
+
+def test_batched_equals_single_and_nan_stays_alone() -> None:
+    d = design(LAYOUTS["nested and crossed"], 120, 2)
+    plan, _, g, rhs = problem(d)
+    rng = np.random.default_rng(5)
+    many = jax.tree.map(lambda a: np.stack([a * f for f in (1.0, 1.1, 0.9)]), rhs)
+    broken = jax.tree.map(lambda a: a.copy(), many)
+    for leaf in jax.tree.leaves(broken):
+        leaf[1] = np.nan
+    theta = jnp.asarray(rng.normal(size=plan.layout.n_theta))
+
+    def f(r: gram.Rhs) -> jax.Array:
+        return estimate.criterion(plan.layout, "REML", theta, g, r)
+
+    batch = jax.jit(jax.vmap(f))
+    values, damaged = batch(many), batch(broken)
+    for i in range(3):
+        one = f(jax.tree.map(lambda a, i=i: a[i], many))
+        assert float(values[i]) == pytest.approx(float(one), rel=1e-12)
+    assert np.isnan(damaged[1])
+    np.testing.assert_array_equal(np.asarray(damaged)[[0, 2]], np.asarray(values)[[0, 2]])
+
+
+def test_fit_compiles_once_for_equal_shapes() -> None:
+    before = estimate.optimise._cache_size()
+    for seed in range(3):
+        d = design([("a", factor_codes(np.random.default_rng(0), 90, 9), 1, "us")], 90, 2, seed)
+        plan, _, g, rhs = problem(d)
+        theta0 = jnp.asarray(estimate.start(plan.layout))
+        best, _ = estimate.optimise(plan.layout, "REML", g, rhs, theta0)
+        assert int(best.status) == 0
+    assert estimate.optimise._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("name", ["linear model", "nested and crossed"])
+def test_everything_lowers_for_cuda(name: str) -> None:
+    d = design(LAYOUTS[name], 120, 2)
+    plan, _, g, rhs = problem(d)
+    theta = jnp.asarray(estimate.start(plan.layout))
+    layout = plan.layout
+    programs = {
+        "optimise": jax.jit(lambda g, r, t: estimate.optimise(layout, "REML", g, r, t)),
+        "effects": jax.jit(lambda g, r, t: estimate.effects(layout, g, r, t)),
+        "vcov": jax.jit(lambda g, r, t: estimate.vcov_and_derivative(layout, "REML", g, r, t)),
+    }
+    for program in programs.values():
+        exported = jax.export.export(program, platforms=["cuda"])(g, rhs, theta)
+        assert "cuda" in exported.platforms
+        assert "callback" not in str(exported.mlir_module())
+
+
+def test_layout_is_hashable_and_chosen_from_the_data() -> None:
+    d = design(LAYOUTS["nested and crossed"], 120, 2)
+    plan = gram.plan(d)
+    assert hash(plan.layout) == hash(dataclasses.replace(plan.layout))
+    assert [f.group for f in plan.factors] == ["a", "b", "c"]
+    assert plan.n_chain == 2
