@@ -136,6 +136,7 @@ def _warnings_to_stderr() -> Iterator[list[type[Warning]]]:
         _tell(f"{category.__name__}: {' '.join(str(message).split())}")
 
     with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield heard
 
@@ -369,11 +370,16 @@ def varcorr_record(result: Any) -> list[dict[str, Any]]:
     out = []
     for term in result.model.design.terms:
         mine = table[(table["group"] == term.group) & table["term1"].isin(term.names)]
-        cells = {(r.term1, r.term2 or ""): r.sdcor for r in mine.fillna({"term2": ""}).itertuples()}
+        cells = {(r.term1, _text(r.term2)): r.sdcor for r in mine.itertuples()}
         sd = [cells[name, ""] for name in term.names]
         corr = [[_cell(cells, a, b) for b in term.names] for a in term.names]
         out.append({"group": term.group, "terms": list(term.names), "sd": sd, "corr": corr})
     return out
+
+
+def _text(name: Any) -> str:
+    """A name, or "" where it is missing."""
+    return name if isinstance(name, str) else ""
 
 
 def _cell(cells: dict[tuple[str, str], float], a: str, b: str) -> float:

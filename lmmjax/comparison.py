@@ -204,7 +204,7 @@ class Comparison:
         fixed = self.fixed_effects()
         yield FIXED, "all", fixed.assign(key=fixed["term"], sd=fixed["std_error"])
         variance = self.variance_components()
-        key = variance[COMPONENT].fillna("").agg("|".join, axis=1)
+        key = _key(variance[COMPONENT]).agg("|".join, axis=1)
         yield VARIANCE, "all", variance.assign(key=key, sd=variance["std_error"])
         for group in self.groups:
             effects = self.random_effects(group)
@@ -556,11 +556,16 @@ def _stack(frames: list[pd.DataFrame], labels: Any, key: list[str]) -> pd.DataFr
     import pandas as pd
 
     long = pd.concat([f.assign(method=m) for f, m in zip(frames, labels, strict=True)])
-    order = long[key].fillna("").agg(tuple, axis=1)
+    order = _key(long[key]).agg(tuple, axis=1)
     position = {k: i for i, k in enumerate(dict.fromkeys(order))}
     long = long.assign(_at=order.map(position)).sort_values("_at", kind="stable")
     values = [c for c in long.columns if c not in (*key, "method", "_at")]
     return long[[*key, "method", *values]].reset_index(drop=True)
+
+
+def _key(names: pd.DataFrame) -> pd.DataFrame:
+    """Names as text, empty where missing; a column without any name is not a column of floats."""
+    return names.astype(object).where(names.notna(), "").astype(str)
 
 
 def _ranks(frame: pd.DataFrame) -> pd.Series:

@@ -2,7 +2,9 @@
 
 Each is a pair: ``fit_*(x, ...)`` returns a small state of plain numbers, ``apply_*(x, state)`` the
 columns. The columns equal those of R's `poly`, `scale`, `splines::bs` and `splines::ns`, signs
-included. Missing values are left out of the state and stay missing in the columns.
+included. Missing values are left out of the state and stay missing in the columns. Polynomials and
+B-splines are formulaic's; natural splines, which it lacks with R's knots and signs, stand on
+SciPy's B-splines.
 
 References
 ----------
@@ -52,39 +54,28 @@ def _whole(value: Any, what: str, least: int = 1) -> int:
 
 def fit_poly(x: Array, degree: float = 1, raw: bool = False) -> tuple:
     """Learn the recurrence P_k+1 = (x - alpha_k) P_k - (norm_k / norm_k-1) P_k-1."""
+    from formulaic.transforms import poly
+
     degree = _whole(degree, "the degree of poly()")
     if raw:
-        return degree, None, None
+        return degree, None
     x = _present(x)
     if np.unique(x).size <= degree:
         raise DataError(
             f"found {np.unique(x).size} distinct values in poly() of degree {degree}; "
             "use a lower degree."
         )
-    alpha: list[float] = []
-    norms: list[float] = []
-    for p in _recurrence(x, degree, alpha, norms, learn=True):
-        norms.append(float(p @ p))
-        alpha.append(float(x @ p**2) / norms[-1])
-    return degree, tuple(alpha[:degree]), tuple(norms)
-
-
-def _recurrence(x: Array, degree: int, alpha: Sequence, norms: Sequence, learn: bool = False):
-    previous, current = np.zeros_like(x), np.ones_like(x)
-    for k in range(degree + 1):
-        yield current
-        if k < degree:
-            ratio = norms[k] / norms[k - 1] if k else 0.0
-            previous, current = current, (x - alpha[k]) * current - ratio * previous
+    state: dict[str, Any] = {}
+    poly(x, degree, _state=state)
+    return degree, state
 
 
 def apply_poly(x: Array, state: tuple) -> Array:
     """Return the (n, degree) basis, without the constant."""
-    degree, alpha, norms = state
-    if alpha is None:
-        return np.stack([x**k for k in range(1, degree + 1)], axis=1)
-    columns = list(_recurrence(x, degree, alpha, norms))[1:]
-    return np.stack([c / np.sqrt(s) for c, s in zip(columns, norms[1:], strict=True)], axis=1)
+    from formulaic.transforms import poly
+
+    degree, learned = state
+    return np.asarray(poly(x, degree, raw=learned is None, _state=learned or {}))
 
 
 # Centring and scaling -------------------------------------------------------------------------
@@ -141,7 +132,24 @@ def fit_bs(
     """Learn the knots of a B-spline basis; inner knots at quantiles, as R's bs()."""
     degree = _whole(degree, "the degree of bs()")
     boundary, inner = _knots(x, df, knots, degree + bool(intercept), Boundary_knots)
-    return _padded(boundary, inner, degree), degree, bool(intercept)
+    return tuple(map(float, boundary)), tuple(map(float, inner)), degree, bool(intercept)
+
+
+def apply_bs(x: Array, state: tuple) -> Array:
+    """Return the (n, df) basis; outside the boundary knots the end polynomials go on."""
+    from formulaic.transforms import basis_spline
+
+    (low, high), knots, degree, intercept = state
+    columns = basis_spline(
+        x,
+        knots=knots,
+        degree=degree,
+        include_intercept=intercept,
+        lower_bound=low,
+        upper_bound=high,
+        extrapolation="extend",
+    )
+    return np.stack(list(columns.values()), axis=1)
 
 
 def _padded(boundary: Array, inner: Array, degree: int) -> tuple[float, ...]:
@@ -156,12 +164,6 @@ def _basis(x: Array, knots: Sequence[float], degree: int, derivative: int = 0) -
     if derivative:
         spline = spline.derivative(derivative)
     return spline(x)  # continues the end polynomials outside the knots, as R does
-
-
-def apply_bs(x: Array, state: tuple) -> Array:
-    """Return the (n, df) basis; outside the boundary knots the end polynomials go on."""
-    knots, degree, intercept = state
-    return _basis(x, knots, degree)[:, 0 if intercept else 1 :]
 
 
 def fit_ns(
