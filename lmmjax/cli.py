@@ -147,10 +147,10 @@ def _load() -> None:
     import lmmjax.fit
     import lmmjax.model  # noqa: F401
 
-    _use_cache()
+    use_cache()
 
 
-def _use_cache() -> None:
+def use_cache() -> None:
     """Keep compiled programs on disk; a cache of the user's is left alone."""
     import jax
 

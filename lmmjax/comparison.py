@@ -556,9 +556,8 @@ def _stack(frames: list[pd.DataFrame], labels: Any, key: list[str]) -> pd.DataFr
     import pandas as pd
 
     long = pd.concat([f.assign(method=m) for f, m in zip(frames, labels, strict=True)])
-    order = _key(long[key]).agg(tuple, axis=1)
-    position = {k: i for i, k in enumerate(dict.fromkeys(order))}
-    long = long.assign(_at=order.map(position)).sort_values("_at", kind="stable")
+    position = _key(long[key]).groupby(key, sort=False).ngroup()
+    long = long.assign(_at=position.to_numpy()).sort_values("_at", kind="stable")
     values = [c for c in long.columns if c not in (*key, "method", "_at")]
     return long[[*key, "method", *values]].reset_index(drop=True)
 

@@ -26,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     began = time.perf_counter()
     import lmmjax as lmm
+    from lmmjax.cli import use_cache
     from lmmjax.report import comparison_page
 
+    use_cache()
     print(lmm.describe_dataset("sleepstudy").summary)
     model = lmm.Model(FORMULA, lmm.load_dataset("sleepstudy"))
     _step(began, "maximum likelihood and REML")

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmmjax import derivatives, optimize
 from lmmjax import likelihood as lk
 from lmmjax.gram import Gram, Layout, Rhs
-from lmmjax.optimize import Optimum, descend, named_transform, newton
+from lmmjax.optimize import Optimum
 
 
 class Estimates(NamedTuple):
@@ -44,12 +45,16 @@ def optimise(
     def f(theta: jax.Array) -> jax.Array:
         return criterion(layout, method, theta, gram, rhs)
 
-    if optimizer == "newton":
-        best = newton(f, theta0)
-    elif isinstance(optimizer, str):
-        best = descend(f, theta0, named_transform(optimizer))
+    def vgh(theta: jax.Array) -> derivatives.Derivatives:
+        return derivatives.value_gradient_hessian(layout, method, theta, gram, rhs)
+
+    if layout.n_theta == 0:
+        best = optimize.linear(f, theta0)
+    elif optimizer == "newton":
+        best = optimize.newton(vgh, theta0)
     else:
-        best = descend(f, theta0, optimizer)
+        transform = optimize.named_transform(optimizer) if isinstance(optimizer, str) else optimizer
+        best = optimize.descend(f, vgh, theta0, transform)
     return best, _estimates(layout, method, gram, rhs, best.theta)
 
 
@@ -70,17 +75,7 @@ def effects(
     return b, lk.ranef_cov(layout, theta, gram)
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "method"))
-def vcov_and_derivative(
-    layout: Layout, method: str, gram: Gram, rhs: Rhs, theta: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Cov(β̂)(θ) with σ profiled, (p, p), and its derivatives in θ, (p, p, n_theta)."""
-
-    def vcov(t: jax.Array) -> jax.Array:
-        red = lk.reduce(layout, t, gram, rhs)
-        return lk.profiled_sigma2(red, method) * lk.unscaled_vcov(red)
-
-    return vcov(theta), jax.jacfwd(vcov)(theta)
+vcov_and_derivative = jax.jit(derivatives.vcov_and_derivative, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnames="layout")

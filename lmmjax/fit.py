@@ -184,7 +184,7 @@ class Fit:
     def _vcov_derivative(self) -> tuple[np.ndarray, np.ndarray]:
         the_gram, rhs = self.model._standard[2:]
         V, dV = estimate.vcov_and_derivative(
-            self.model._plan.layout, self.method, the_gram, rhs, jnp.asarray(self._theta_s)
+            self.model._plan.layout, self.method, jnp.asarray(self._theta_s), the_gram, rhs
         )
         units = self.model._units
         back = units.scale * units.A

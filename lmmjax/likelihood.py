@@ -89,7 +89,7 @@ def factors(layout: Layout, theta: Any, units: Sequence[Any] = ()) -> list[Any]:
     return [B @ lam for B, lam in zip(units, lams, strict=True)] if units else lams
 
 
-def _block_lambda(terms: tuple[int, ...], lams: list[jax.Array]) -> jax.Array:
+def factor_lambda(terms: tuple[int, ...], lams: list[jax.Array]) -> jax.Array:
     """Λ of all terms on one factor, block-diagonal (S, S)."""
     return jax.scipy.linalg.block_diag(*[lams[k] for k in terms])
 
@@ -99,7 +99,7 @@ def _scale_core(layout: Layout, lams: list[jax.Array], a: jax.Array) -> jax.Arra
     parts, at = [], 0
     for terms, S, J in layout.core:
         block = a[..., at : at + S * J].reshape(*a.shape[:-1], J, S)
-        parts.append((block @ _block_lambda(terms, lams)).reshape(*a.shape[:-1], S * J))
+        parts.append((block @ factor_lambda(terms, lams)).reshape(*a.shape[:-1], S * J))
         at += S * J
     return jnp.concatenate([*parts, a[..., at:]], axis=-1)
 
@@ -120,7 +120,7 @@ class _Blocks(NamedTuple):
 
 def _assemble(layout: Layout, lams: list[jax.Array], gram: Gram) -> _Blocks:
     """Λ applied from both sides, I added: the matrix that is factorised."""
-    chain = [_block_lambda(terms, lams) for terms, _, _ in layout.chain]
+    chain = [factor_lambda(terms, lams) for terms, _, _ in layout.chain]
     own, up, border = [], [], []
     for i, lam in enumerate(chain):
         eye = jnp.eye(lam.shape[0], dtype=lam.dtype)[..., None]
@@ -155,8 +155,8 @@ def _sweep(own: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(upper), jnp.stack(solved)
 
 
-def _forward(U: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Solve U'x = rhs by level: (S, S, J), (S, J)."""
+def forward_substitute(U: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Solve U'x = rhs by level: (S, S, J), (S, ..., J)."""
     x: list[jax.Array] = []
     for s in range(U.shape[0]):
         x.append((rhs[s] - sum(U[t, s] * x[t] for t in range(s))) / U[s, s])
@@ -219,7 +219,7 @@ def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
         borders.append(W)
     L = jnp.linalg.cholesky(blocks.core[0])
     logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(L)[: layout.d]))
-    every = tuple(_block_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core))
+    every = tuple(factor_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core))
     return Factorised(every, tuple(Us), tuple(ups), tuple(borders), L, logdet)
 
 
@@ -234,7 +234,7 @@ def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
     core, r2 = jnp.concatenate([*parts, rhs.core[at:]]), rhs.yy
     rows = []
     for i in range(c):
-        row = _forward(f.U[i], z[i])
+        row = forward_substitute(f.U[i], z[i])
         core = core - jnp.einsum("smj,sj->m", f.border[i], row)
         r2 = r2 - jnp.sum(row**2)
         for a, (W, parent) in enumerate(zip(f.up[i], gram.parent[i], strict=True)):

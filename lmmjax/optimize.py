@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Criterion = Callable[[jax.Array], jax.Array]
+Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 CONVERGED, MAX_ITERATIONS, NOT_FINITE, FLAT_STOP = 0, 1, 2, 3
 
@@ -44,17 +45,10 @@ class Optimum(NamedTuple):
     status: jax.Array  # a key of STATUS
 
 
-def value_gradient_hessian(f: Criterion, theta: jax.Array) -> tuple[jax.Array, ...]:
-    """f, ∇f, ∇²f by automatic differentiation, f and ∇f evaluated once."""
-    (value, gradient), push = jax.linearize(jax.value_and_grad(f), theta)
-    _, hessian = jax.vmap(push)(jnp.eye(theta.shape[0], dtype=theta.dtype))
-    return value, gradient, 0.5 * (hessian + hessian.T)
-
-
-def _closed_form(f: Criterion, theta: jax.Array) -> Optimum:
-    """Nothing to minimise: a linear model."""
+def linear(f: Criterion, theta: jax.Array) -> Optimum:
+    """The optimum of a model without θ: nothing to minimise."""
     none = jnp.zeros((0, 0), theta.dtype)
-    return Optimum(theta, f(theta), jnp.zeros(0, theta.dtype), none, jnp.asarray(1), jnp.asarray(CONVERGED))
+    return Optimum(theta, f(theta), none.sum(0), none, jnp.asarray(1), jnp.asarray(CONVERGED))
 
 
 def newton_decrement(gradient: np.ndarray, hessian: np.ndarray) -> float:
@@ -110,7 +104,7 @@ class _State(NamedTuple):
     done: jax.Array
 
 
-def newton(f: Criterion, theta0: jax.Array, max_iter: int = 200) -> Optimum:
+def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> Optimum:
     """Trust-region Newton with exact derivatives; jit and vmap as you like.
 
     Stops when the predicted decrease is below the rounding error of the criterion, after one more
@@ -119,8 +113,8 @@ def newton(f: Criterion, theta0: jax.Array, max_iter: int = 200) -> Optimum:
 
     Parameters
     ----------
-    f : callable
-        Scalar criterion of θ.
+    derivatives : callable
+        θ -> criterion, gradient, Hessian.
     theta0 : array, shape (n_theta,)
         Start; never a point with a parameter at 0.
 
@@ -131,13 +125,11 @@ def newton(f: Criterion, theta0: jax.Array, max_iter: int = 200) -> Optimum:
     dtype = theta0.dtype
     eps = jnp.finfo(dtype).eps
     k = theta0.shape[0]
-    if k == 0:
-        return _closed_form(f, theta0)
     inf = jnp.asarray(jnp.inf, dtype)
 
     def body(s: _State) -> _State:
         at = s.theta + s.step
-        value, gradient, hessian = value_gradient_hessian(f, at)
+        value, gradient, hessian = derivatives(at)
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(hessian)) & jnp.all(jnp.isfinite(gradient))
         slack = 8 * eps * (1.0 + jnp.abs(value))
         first = s.n == 0
@@ -180,7 +172,12 @@ def newton(f: Criterion, theta0: jax.Array, max_iter: int = 200) -> Optimum:
 
 
 def descend(
-    f: Criterion, theta0: jax.Array, transform: Any, max_iter: int = 5000, tol: float = 1e-10
+    f: Criterion,
+    derivatives: Derivatives,
+    theta0: jax.Array,
+    transform: Any,
+    max_iter: int = 5000,
+    tol: float = 1e-10,
 ) -> Optimum:
     """Minimise with an optax transformation; stops when the gradient's squared norm is below ``tol``.
 
@@ -190,8 +187,6 @@ def descend(
     """
     import optax
 
-    if theta0.shape[0] == 0:
-        return _closed_form(f, theta0)
     transform = optax.with_extra_args_support(transform)
     value_and_grad = optax.value_and_grad_from_state(f)
     plain = jax.value_and_grad(f)
@@ -214,7 +209,7 @@ def descend(
     carry = (theta0, transform.init(theta0), theta0, inf, inf, jnp.asarray(0))
     going = lambda c: (c[4] > tol) & (c[5] < max_iter)  # noqa: E731
     theta, _, best, best_value, norm2, n = jax.lax.while_loop(going, body, carry)
-    value, gradient, hessian = value_gradient_hessian(f, best)
+    value, gradient, hessian = derivatives(best)
     status = jnp.where(norm2 <= tol, CONVERGED, MAX_ITERATIONS)
     status = jnp.where(jnp.isfinite(value), status, NOT_FINITE)
     return Optimum(best, value, gradient, hessian, n, status)

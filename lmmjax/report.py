@@ -97,6 +97,7 @@ def _random_table(comparison: Comparison, group: str, levels: int) -> TextTable:
     frame = comparison.random_effects(group)
     every = list(dict.fromkeys(frame["level"]))
     several = frame["term"].nunique() > 1
+    frame = frame[frame["level"].isin(every[:levels])]
     rows = []
     for term, block in frame.groupby("term", sort=False):
         like = block["sd"]
@@ -107,7 +108,8 @@ def _random_table(comparison: Comparison, group: str, levels: int) -> TextTable:
             )
         ]
         wide = block.assign(cell=cells).pivot(index="level", columns="method", values="cell")
-        wide = wide.reindex(index=every[:levels], columns=list(comparison.labels)).fillna("")
+        wide = wide.reindex(index=every[:levels], columns=list(comparison.labels))
+        wide = wide.astype(object).where(wide.notna(), "")
         rows += [
             [str(level), *([str(term)] if several else []), *row] for level, row in _items(wide)
         ]
@@ -140,18 +142,26 @@ def _thousandths(value: float) -> str:
 
 def _run_table(comparison: Comparison) -> TextTable:
     rows = [
-        [label, f"{result.seconds:.2f}", _checks(result)]
+        [label, f"{result.seconds:7.2f}", _checks(result)]
         for label, result in zip(comparison.labels, comparison.results, strict=True)
     ]
-    return TextTable(["", "Seconds", "Checks"], rows, caption="Run time and convergence")
+    return TextTable(["", "Seconds", "Checks"], rows, 3, caption="Run time and convergence")
 
 
 def _checks(result: Any) -> str:
     if not is_posterior(result):
         return result.message
-    return ", ".join(
-        f"{name} {_short(value)}" for name, value in dict(result.diagnostics()).items()
-    )
+    checks = dict(result.diagnostics()).items()
+    return ", ".join(f"{_CHECKS.get(name, name)} {_short(value)}" for name, value in checks)
+
+
+#: how the prints name a posterior's diagnostics
+_CHECKS = {
+    "rhat_max": "largest R-hat",
+    "ess_bulk_min": "least bulk ESS",
+    "ess_tail_min": "least tail ESS",
+    "ebfmi_min": "least E-BFMI",
+}
 
 
 def _short(value: Any) -> str:

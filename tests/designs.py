@@ -104,9 +104,7 @@ def dense(d: Any, lams: list[np.ndarray], sigma: float | None = None) -> dict[st
         slices.append((Z.shape[1], J, S))
         Z = np.hstack([Z, block.reshape(n, J * S)])
         D = np.kron(np.eye(J), lam @ lam.T)
-        G = np.block(
-            [[G, np.zeros((len(G), len(D)))], [np.zeros((len(D), len(G))), D]]
-        )
+        G = np.block([[G, np.zeros((len(G), len(D)))], [np.zeros((len(D), len(G))), D]])
     V = np.diag(1 / d.weights) + Z @ G @ Z.T
     Vi = np.linalg.inv(V)
     y = d.y - d.offset
@@ -123,7 +121,9 @@ def dense(d: Any, lams: list[np.ndarray], sigma: float | None = None) -> dict[st
     cov = G - G @ Z.T @ Vi @ Z @ G
     out["ranef"] = [b[at : at + J * S].reshape(J, S) for at, J, S in slices]
     out["ranef_cov"] = [
-        np.stack([cov[at + j * S : at + (j + 1) * S, at + j * S : at + (j + 1) * S] for j in range(J)])
+        np.stack(
+            [cov[at + j * S : at + (j + 1) * S, at + j * S : at + (j + 1) * S] for j in range(J)]
+        )
         for at, J, S in slices
     ]
     out["Z"], out["G"], out["Vi"] = Z, G, Vi

@@ -18,7 +18,7 @@ DYESTUFF = ["Dyestuff", "Yield ~ 1 + (1 | Batch)"]
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
     """The cache of compiled programs is a setting of the process: leave that of the tests alone."""
-    monkeypatch.setattr(cli, "_use_cache", lambda: None)
+    monkeypatch.setattr(cli, "use_cache", lambda: None)
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -255,6 +255,6 @@ def test_an_unwritable_cache_does_no_harm(capsys, monkeypatch, tmp_path):
     blocked.write_text("")
     monkeypatch.setenv("LMMJAX_CACHE", str(blocked / "cache"))
     before = jax.config.jax_compilation_cache_dir
-    cli._use_cache()
+    cli.use_cache()
     assert jax.config.jax_compilation_cache_dir == before
     assert "cannot be written" in capsys.readouterr().err

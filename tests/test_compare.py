@@ -59,11 +59,10 @@ def test_variance_components_are_on_the_scale_of_sd_and_correlation(comparison, 
 
 
 def test_random_effects_hold_blups_and_posteriors(comparison, reml, posterior):
-    frame = comparison.random_effects("Subject").set_index(["method", "term", "level"])
-    blups = frame.loc["REML", "Days"]
+    frame = comparison.random_effects("Subject").query("term == 'Days'").set_index("level")
+    blups, means = (frame[frame["method"] == m] for m in ("REML", "NUTS (marginal)"))
     np.testing.assert_array_equal(blups["estimate"], reml.ranef("Subject")["Days"])
     np.testing.assert_array_equal(blups["sd"], reml.ranef_se("Subject")["Days"])
-    means = frame.loc["NUTS (marginal)", "Days"]
     np.testing.assert_array_equal(means["estimate"], posterior.ranef("Subject")["Days"])
     gap = (blups["estimate"] - means["estimate"]) / means["sd"]
     np.testing.assert_allclose(blups["std_diff"], gap)
@@ -153,8 +152,8 @@ def test_intervals_overlap_from_0_to_1():
 
 # -- what may be compared -------------------------------------------------------------------------
 def test_different_rows_are_refused(model, reml):
-    fewer = lmm.Model(FORMULA, lmm.load_dataset("sleepstudy").iloc[:-10]).fit()
-    with pytest.raises(lmm.ComparisonError, match=r"different rows: REML used 180, REML used 170"):
+    fewer = lmm.Model(FORMULA, lmm.load_dataset("sleepstudy").iloc[:-5]).fit()
+    with pytest.raises(lmm.ComparisonError, match=r"different rows: REML used 180, REML used 175"):
         lmm.compare(reml, fewer)
 
 

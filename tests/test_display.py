@@ -11,6 +11,7 @@ import pytest
 import lmmjax as lmm
 from lmmjax import display
 from lmmjax.display import Page, TextTable, numbers, p_values, preformatted
+from lmmjax.tables import varcorr_frame
 
 
 def lines(text: str) -> list[str]:
@@ -99,10 +100,16 @@ def test_a_fit_that_did_not_converge_says_so(dyestuff):
 
 
 def test_correlations_stand_in_a_triangle():
-    data = lmm.load_dataset("Machines")
-    fit = lmm.Model("score ~ Machine + (0 + Machine | Worker)", data).fit()
-    rows = [line for line in repr(fit).split("\n") if "Machine" in line and "Formula" not in line]
-    assert [len(row.split()) for row in rows[:3]] == [4, 4, 5]  # group and name, then 0, 1, 2 corr.
+    cov = np.array([[4.0, 1.0, 0.0], [1.0, 1.0, -0.5], [0.0, -0.5, 1.0]])
+    frame = varcorr_frame([("g", ("a", "b", "c"))], [cov], 2.0)
+    expected = """
+        Group     Name  Variance     SD   Corr
+        g         a        4.000  2.000
+                  b        1.000  1.000  0.500
+                  c        1.000  1.000  0.000  -0.500
+        Residual           4.000  2.000
+        """
+    assert lines(display.varcorr_table(frame, caption="").text()) == lines(expected)
 
 
 def test_html_escapes_every_name(hostile):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from designs import dense, design, factor_codes, layouts, problem, random_theta
 
-from lmmjax import estimate, gram
+from lmmjax import derivatives, estimate, gram
 from lmmjax import likelihood as lk
 from lmmjax.precision import float64
 
@@ -74,8 +74,7 @@ def test_effects_equal_dense(name: str) -> None:
     plan, units, g, rhs = problem(d)
     theta_s = jnp.asarray(random_theta(d))
     lams = [
-        B @ np.asarray(a)
-        for B, a in zip(units.B, lk.factors(plan.layout, theta_s), strict=True)
+        B @ np.asarray(a) for B, a in zip(units.B, lk.factors(plan.layout, theta_s), strict=True)
     ]
     expected = dense(d, lams)
     red = lk.reduce(plan.layout, theta_s, g, rhs)
@@ -101,8 +100,7 @@ def test_prediction_variance_equals_dense(name: str) -> None:
     plan, units, g, _ = problem(d)
     theta_s = jnp.asarray(random_theta(d))
     lams = [
-        B @ np.asarray(a)
-        for B, a in zip(units.B, lk.factors(plan.layout, theta_s), strict=True)
+        B @ np.asarray(a) for B, a in zip(units.B, lk.factors(plan.layout, theta_s), strict=True)
     ]
     Z, G = (dense(d, lams)[k] for k in ("Z", "G"))
     W, XZ = np.diag(d.weights), np.hstack([d.X, Z])
@@ -262,6 +260,31 @@ def test_gradient_equals_finite_differences(name: str, method: str) -> None:
     np.testing.assert_allclose(slope, numeric, rtol=1e-6, atol=1e-6)
 
 
+ONE_FACTOR = [k for k, terms in LAYOUTS.items() if len({t[0] for t in terms}) == 1]
+
+
+@pytest.mark.parametrize("name", ONE_FACTOR)
+def test_closed_forms_equal_autodiff(name: str) -> None:
+    d = design(LAYOUTS[name], 120, 3)
+    plan, _, g, rhs = problem(d)
+    layout, theta = plan.layout, jnp.asarray(random_theta(d))
+    assert derivatives.has_closed_form(layout)
+    for method in METHODS:
+
+        def f(t: jax.Array, method: str = method) -> jax.Array:
+            return estimate.criterion(layout, method, t, g, rhs)
+
+        def vcov(t: jax.Array, method: str = method) -> jax.Array:
+            red = lk.reduce(layout, t, g, rhs)
+            return lk.profiled_sigma2(red, method) * lk.unscaled_vcov(red)
+
+        closed = derivatives.closed_form(layout, method, theta, g, rhs)
+        for a, b in zip(closed, derivatives.by_autodiff(f, theta), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+        _, slope = derivatives.vcov_and_derivative(layout, method, theta, g, rhs)
+        np.testing.assert_allclose(slope, jax.jacfwd(vcov)(theta), rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["slope", "crossed"])
 def test_gradient_is_zero_where_a_column_of_the_factor_is(name: str) -> None:
     d = design(LAYOUTS[name], 120, 2)
@@ -316,7 +339,7 @@ def test_everything_lowers_for_cuda(name: str) -> None:
     programs = {
         "optimise": jax.jit(lambda g, r, t: estimate.optimise(layout, "REML", g, r, t)),
         "effects": jax.jit(lambda g, r, t: estimate.effects(layout, g, r, t)),
-        "vcov": jax.jit(lambda g, r, t: estimate.vcov_and_derivative(layout, "REML", g, r, t)),
+        "vcov": jax.jit(lambda g, r, t: estimate.vcov_and_derivative(layout, "REML", t, g, r)),
     }
     for program in programs.values():
         exported = jax.export.export(program, platforms=["cuda"])(g, rhs, theta)

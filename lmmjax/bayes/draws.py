@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 #: numbers that one compiled batch of draws may hold: bounds the memory
 BATCH_NUMBERS = 2_000_000
 
+#: each draw is completed once, so that compiling fast beats running fast
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 def batch_size(numbers_per_draw: int) -> int:
     """How many draws go through a compiled program at once."""
@@ -48,7 +51,7 @@ def batch_size(numbers_per_draw: int) -> int:
 # -------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "batch"))
+@functools.partial(jax.jit, static_argnames=("spec", "batch"), compiler_options=QUICK)
 def complete(
     spec: Spec, data: Data, prior: Sites, z: dict[str, Array], keys: Array, batch: int
 ) -> dict[str, Array]:
