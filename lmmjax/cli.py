@@ -137,7 +137,7 @@ def _warnings_to_stderr() -> Iterator[list[type[Warning]]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield heard
 
 

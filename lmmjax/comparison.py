@@ -406,7 +406,8 @@ def lacking(comparison: Comparison) -> dict[str, list[str]]:
 
 def _labels(methods: list[str]) -> tuple[str, ...]:
     """Methods as labels, numbered where one occurs more than once."""
-    counts, seen, labels = Counter(methods), Counter(), []
+    counts, labels = Counter(methods), []
+    seen: Counter[str] = Counter()
     for method in methods:
         seen[method] += 1
         labels.append(f"{method} [{seen[method]}]" if counts[method] > 1 else method)

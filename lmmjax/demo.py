@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lmmjax.demo", description=__doc__)
     parser.add_argument("--report", type=Path, default=Path("out/sleepstudy.html"), metavar="FILE")
-    parser.add_argument("--draws", type=int, default=1000, help="per chain, and of the warm-up")
+    parser.add_argument("--draws", type=int, default=500, help="per chain, and of the warm-up")
     return parser
 
 

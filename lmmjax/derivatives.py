@@ -1,21 +1,26 @@
 r"""Value, gradient and Hessian of the profiled criterion.
 
-With one grouping factor the derivatives have closed forms in the small matrices of each level; they
-cost a fraction of automatic differentiation to compile and to run. All other layouts, and every
-derivative beyond the second, are differentiated automatically. The two are equal to rounding, and
-the tests hold one against the other.
+Where one grouping factor is eliminated level by level (the common layout: one factor, or one beside
+crossed or small outer factors in the dense core) the derivatives have closed forms; they cost a
+fraction of automatic differentiation to compile and to run. Deeper chains, and every derivative
+beyond the second, are differentiated automatically. The tests hold one against the other.
 
-Per level i (index dropped), with Σ = ΛΛ', V = R + ZΣZ':
+With Σ = ΛΛ' for all factors, V = R + ZΣZ', and
 
-    Ã = Z'V⁻¹Z,   R = Z'V⁻¹[X y],   S = [X y]'V⁻¹[X y]
-    v = (-β̂, 1),  C = (ν/r²) v v' + (REML) S_x⁻¹ ⊕ 0,   H = R C R',   E_k = ∂Σ/∂θ_k
+    Ã = Z'V⁻¹Z,   T = Z'V⁻¹[X y],   S = [X y]'V⁻¹[X y],   E_k = ∂Σ/∂θ_k
+    v = (-β̂, 1),  C = (ν/r²) v v' + (REML) S_x⁻¹ ⊕ 0
 
-    gradient_k  = tr(Γ E_k),   Γ = Σ_i (Ã - H)
-    Hessian_kl  = Σ_i tr((2H - Ã) E_k Ã E_l) + tr(Γ ∂²Σ/∂θ_k∂θ_l)
+the rules ∂Ã = -Ã E Ã, ∂T = -Ã E T, ∂S = -T'E T give
+
+    gradient_k  = tr(E_k (Ã - T C T'))
+    Hessian_kl  = tr((∂E_k/∂θ_l)(Ã - T C T')) - tr(Ã E_k Ã E_l) + 2 tr(C T'E_k Ã E_l T)
                   - 2 (ν/r²) (Ṡ_k v)_x' S_x⁻¹ (Ṡ_l v)_x - (ν/r⁴) (v'Ṡ_k v)(v'Ṡ_l v)
-                  - (REML) tr(S_x⁻¹ Ṡ_k,x S_x⁻¹ Ṡ_l,x),      Ṡ_k = Σ_i R'E_k R
+                  - (REML) tr(S_x⁻¹ Ṡ_k,x S_x⁻¹ Ṡ_l,x),      Ṡ_k = T'E_k T
 
-from ∂Ã = -Ã E Ã, ∂R = -Ã E R and ∂S = -Ṡ.
+Ã is never formed: with V₁ = R + Z₁Σ₁Z₁' of the chain factor (block-diagonal by level i), core columns
+Z_c, and per level a_i = Z₁'V₁⁻¹Z₁, P_i = Z₁'V₁⁻¹Z_c, and K = Z_c'V₁⁻¹Z_c, Q = Λ_c(I + Λ_c'KΛ_c)⁻¹Λ_c',
+
+    Ã_ij = δ_ij a_i - P_i Q P_j',   Ã_ic = P_i (I - Q K),   Ã_cc = K - K Q K.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmmjax import likelihood as lk
 from lmmjax.gram import Gram, Layout, Rhs
@@ -40,8 +46,8 @@ def by_autodiff(f: Callable[[jax.Array], jax.Array], theta: jax.Array) -> Deriva
 
 
 def has_closed_form(layout: Layout) -> bool:
-    """One grouping factor, of few enough columns that S⁴ sums over the levels are cheap."""
-    return len(layout.chain) == 1 and not layout.core and layout.chain[0][1] <= 8
+    """One factor in the chain, of few enough columns that S⁴ sums over the levels are cheap."""
+    return len(layout.chain) == 1 and layout.chain[0][1] <= 8
 
 
 def value_gradient_hessian(
@@ -61,55 +67,158 @@ def value_gradient_hessian(
 
 
 class Pieces(NamedTuple):
-    """What the closed forms need of one factor at θ."""
+    """What the closed forms need at θ. ``k`` counts the parameters of the part named."""
 
     red: lk.Reduction
-    A: jax.Array  # Ã (S, S, J)
-    RR: jax.Array  # Σ_i R R' by entries, (S, S, p + 1, p + 1)
-    R: jax.Array  # (S, p + 1, J)
+    a: jax.Array  # a_i, (S, S, J)
+    P: jax.Array  # P_i, (S, d, J)
+    T: jax.Array  # rows of T of the chain, (S, p + 1, J)
+    T_core: jax.Array  # rows of T of the core, (d, p + 1)
+    K: jax.Array  # (d, d)
+    Q: jax.Array  # (d, d)
     v: jax.Array  # (-β̂, 1)
     M: jax.Array  # S_x⁻¹ (p, p)
-    E: jax.Array  # ∂Σ/∂θ, (n_theta, S, S)
 
 
-def sigma_of(layout: Layout, theta: jax.Array) -> jax.Array:
-    """Σ = ΛΛ' of the one factor, all of its terms side by side."""
-    lam = lk.factor_lambda(layout.chain[0][0], lk.factors(layout, theta))
-    return lam @ lam.T
-
-
-def pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs) -> Pieces:
-    """Ã and R from the factorisation: U⁻'Λ'[A B] gives A - (·)'(·) without an inverse."""
-    red = lk.reduce(layout, theta, gram, rhs)
-    f, lam = red.factorised, red.factorised.lams[0]
-    W_A = lk.forward_substitute(f.U[0], jnp.einsum("st,suj->tuj", lam, gram.own[0]))
+def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs) -> Pieces:
+    """From the factorisation: with W = U⁻'Λ'(·), Z₁'V₁⁻¹B = B - W_A'W_B, no inverse formed."""
+    red, d = lk.reduce(layout, theta, gram, rhs), layout.d
+    f = red.factorised
+    W_A = lk.forward_substitute(f.U[0], jnp.einsum("st,suj->tuj", f.lams[0], gram.own[0]))
     W_B = jnp.concatenate([f.border[0], red.row.chain[0][:, None]], axis=1)
     B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
-    A = gram.own[0] - jnp.einsum("kaj,kbj->abj", W_A, W_A)
-    R = B - jnp.einsum("kaj,kmj->amj", W_A, W_B)
+    a = gram.own[0] - jnp.einsum("kaj,kbj->abj", W_A, W_A)
+    P = B - jnp.einsum("kaj,kmj->amj", W_A, W_B)
+    K = jnp.concatenate([f.schur[:d], red.row.schur[:d, None]], axis=1)
+    half = lk.scale_core(layout, f.lams[1:], jnp.eye(d, dtype=theta.dtype)).T
+    half = jax.scipy.linalg.solve_triangular(f.core[:d, :d], half, lower=True)
+    Q = half.T @ half
+    QK = Q @ K[:, d:]
+    T = P[:, d:] - jnp.einsum("sdj,dm->smj", P[:, :d], QK)
+    T_core = K[:, d:] - K[:, :d] @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
-    E = jnp.moveaxis(jax.jacfwd(lambda t: sigma_of(layout, t))(theta), -1, 0)
-    RR = jnp.einsum("amj,bnj->abmn", R, R)
-    return Pieces(red, A, RR, R, v, lk.unscaled_vcov(red), E)
+    return Pieces(red, a, P[:, :d], T, T_core, K[:, :d], Q, v, lk.unscaled_vcov(red))
+
+
+def _sigmas(layout: Layout, theta: jax.Array) -> list[jax.Array]:
+    """Σ = ΛΛ' per factor, chain first."""
+    lams = lk.factors(layout, theta)
+    blocks = [lk.factor_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core)]
+    return [b @ b.T for b in blocks]
+
+
+def _sigma_derivatives(layout: Layout, theta: jax.Array) -> list[jax.Array]:
+    """∂Σ/∂θ per factor, (n_theta, S, S)."""
+    slopes = jax.jacfwd(lambda t: _sigmas(layout, t))(theta)
+    return [jnp.moveaxis(s, -1, 0) for s in slopes]
+
+
+def _parameters(layout: Layout, terms: tuple[int, ...]) -> np.ndarray:
+    """Positions in θ of the parameters of some terms."""
+    pieces = layout.split(np.arange(layout.n_theta))
+    return np.concatenate([pieces[k] for k in terms])
+
+
+def _core_blocks(layout: Layout) -> list[tuple[slice, int, int]]:
+    """(columns, J, S) of each factor of the core."""
+    ends = np.cumsum([0, *(S * J for _, S, J in layout.core)])
+    return [
+        (slice(int(a), int(b)), J, S)
+        for a, b, (_, S, J) in zip(ends[:-1], ends[1:], layout.core, strict=True)
+    ]
+
+
+def _core_sums(layout: Layout, matrix: jax.Array) -> list[jax.Array]:
+    """Sum of the diagonal blocks of a (d, d) matrix by factor: (S, S) each."""
+    out = []
+    for columns, J, S in _core_blocks(layout):
+        block = matrix[columns, columns].reshape(J, S, J, S)
+        out.append(jnp.einsum("jajb->ab", block))
+    return out
+
+
+def _apply_core(layout: Layout, E: list[jax.Array], x: jax.Array) -> jax.Array:
+    """E_k x for every k: (n_theta, d, m)."""
+    parts = []
+    for (columns, J, S), e in zip(_core_blocks(layout), E, strict=True):
+        rows = jnp.einsum("kst,jtm->kjsm", e, x[columns].reshape(J, S, -1))
+        parts.append(rows.reshape(e.shape[0], J * S, -1))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
+    """Ṡ_k = T'E_k T, (n_theta, p + 1, p + 1)."""
+    chain = jnp.einsum("kab,abmn->kmn", E[0], jnp.einsum("amj,bnj->abmn", k.T, k.T))
+    if not layout.core:
+        return chain
+    return chain + jnp.einsum("dm,kdn->kmn", k.T_core, _apply_core(layout, E[1:], k.T_core))
+
+
+def _traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
+    """2 tr(C T'E_k Ã E_l T) - tr(Ã E_k Ã E_l), (n_theta, n_theta)."""
+    H = jnp.einsum("amj,mn,bnj->abj", k.T, C, k.T)
+    inner = jnp.einsum("daj,bcj->abcd", 2 * H - k.a, k.a)
+    hessian = jnp.einsum("abcd,kab,lcd->kl", inner, E[0], E[0])
+    if not layout.core:
+        return hessian
+    return hessian + _core_traces(layout, k, E, C)
+
+
+def _core_traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
+    """What the core adds to :func:`_traces`; a few (d, d) products per parameter of the chain."""
+    mine = _parameters(layout, layout.chain[0][0])
+    e = E[0][mine]
+    IQK = jnp.eye(layout.d, dtype=C.dtype) - k.Q @ k.K
+    A_cc = k.K @ IQK
+    # chain with chain
+    PQ = jnp.einsum("sdj,de->sej", k.P, k.Q)
+    own = jnp.einsum("aej,bej->abj", PQ, k.P)
+    mixed = jnp.einsum("daj,bcj->abcd", own, k.a)
+    M = jnp.einsum("kab,adj,bej->kde", e, k.P, k.P)
+    QM = jnp.einsum("de,kef->kdf", k.Q, M)
+    G = jnp.einsum("adj,kab,bmj->kdm", k.P, e, k.T)
+    QG = jnp.einsum("de,kem->kdm", k.Q, G)
+    chain = jnp.einsum("abcd,kab,lcd->kl", mixed, e, e)
+    chain = chain + chain.T - jnp.einsum("kde,led->kl", QM, QM)
+    chain = chain - 2 * jnp.einsum("mn,kdm,ldn->kl", C, G, QG)
+    # chain with core
+    ET = _apply_core(layout, E[1:], k.T_core)
+    across = 2 * jnp.einsum("mn,kdm,ldn->kl", C, jnp.einsum("de,kdm->kem", IQK, G), ET)
+    for i in range(len(mine)):
+        sums = _core_sums(layout, IQK.T @ M[i] @ IQK)
+        blocks = zip(sums, E[1:], strict=True)
+        row = sum(jnp.einsum("ab,lab->l", s, x) for s, x in blocks)
+        across = across.at[i].add(-row)
+    # core with core
+    core = 2 * jnp.einsum("mn,kdm,ldn->kl", C, ET, jnp.einsum("de,ken->kdn", A_cc, ET))
+    where = _core_blocks(layout)
+    for (rows, J, S), x in zip(where, E[1:], strict=True):
+        for (columns, I, R), y in zip(where, E[1:], strict=True):
+            block = A_cc[rows, columns].reshape(J, S, I, R)
+            four = jnp.einsum("jaid,jbic->abcd", block, block)
+            core = core - jnp.einsum("abcd,kab,lcd->kl", four, x, y)
+    whole = core.at[jnp.ix_(mine, mine)].add(chain)
+    return whole.at[mine].add(across).at[:, mine].add(across.T)
 
 
 def closed_form(
     layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs
 ) -> Derivatives:
-    """The formulas of the module's header, for a layout with one factor."""
-    k = pieces(layout, theta, gram, rhs)
+    """The formulas of the module's header, for a layout with one factor in the chain."""
+    k, E = _pieces(layout, theta, gram, rhs), _sigma_derivatives(layout, theta)
     p, reml = k.red.p, method == "REML"
     ratio = 1.0 / lk.profiled_sigma2(k.red, method)  # ν / r²
     C = ratio * jnp.outer(k.v, k.v)
     if reml:
         C = C.at[:p, :p].add(k.M)
-    H = jnp.einsum("amj,mn,bnj->abj", k.R, C, k.R)
-    gamma = jnp.sum(k.A - H, axis=-1)
-    gradient = jnp.einsum("ab,kab->k", gamma, k.E)
-    inner = jnp.einsum("daj,bcj->abcd", 2 * H - k.A, k.A)
-    hessian = jnp.einsum("abcd,kab,lcd->kl", inner, k.E, k.E)
-    hessian = hessian + jax.hessian(lambda t: jnp.sum(gamma * sigma_of(layout, t)))(theta)
-    S_dot = jnp.einsum("kab,abmn->kmn", k.E, k.RR)
+    gamma = _gamma(layout, k, C)
+    gradient = sum(jnp.einsum("ab,kab->k", g, e) for g, e in zip(gamma, E, strict=True))
+
+    def linear_in_sigma(t: jax.Array) -> jax.Array:
+        return sum(jnp.sum(g * s) for g, s in zip(gamma, _sigmas(layout, t), strict=True))
+
+    hessian = jax.hessian(linear_in_sigma)(theta) + _traces(layout, k, E, C)
+    S_dot = _s_dot(layout, k, E)
     S_v = S_dot @ k.v
     along = S_v @ k.v
     hessian = hessian - 2 * ratio * S_v[:, :p] @ k.M @ S_v[:, :p].T
@@ -118,6 +227,17 @@ def closed_form(
         MS = jnp.einsum("ij,kjm->kim", k.M, S_dot[:, :p, :p])
         hessian = hessian - jnp.einsum("kij,lji->kl", MS, MS)
     return lk.deviance(k.red, method), gradient, 0.5 * (hessian + hessian.T)
+
+
+def _gamma(layout: Layout, k: Pieces, C: jax.Array) -> list[jax.Array]:
+    """Sums of the diagonal blocks of Ã - T C T' per factor, (S, S) each."""
+    TC = jnp.einsum("amj,mn,bnj->ab", k.T, C, k.T)
+    chain = jnp.sum(k.a, axis=-1) - TC
+    if not layout.core:
+        return [chain]
+    chain = chain - jnp.einsum("adj,de,bej->ab", k.P, k.Q, k.P)
+    core = k.K - k.K @ k.Q @ k.K - k.T_core @ C @ k.T_core.T
+    return [chain, *_core_sums(layout, core)]
 
 
 def vcov_and_derivative(
@@ -131,9 +251,9 @@ def vcov_and_derivative(
             return lk.profiled_sigma2(red, method) * lk.unscaled_vcov(red)
 
         return vcov(theta), jax.jacfwd(vcov)(theta)
-    k = pieces(layout, theta, gram, rhs)
+    k = _pieces(layout, theta, gram, rhs)
     p, s2 = k.red.p, lk.profiled_sigma2(k.red, method)
-    S_dot = jnp.einsum("kab,abmn->mnk", k.E, k.RR)
+    S_dot = jnp.moveaxis(_s_dot(layout, k, _sigma_derivatives(layout, theta)), 0, -1)
     slope = -jnp.einsum("m,mnk,n->k", k.v, S_dot, k.v) / lk.residual_df(k.red, method)
     dM = jnp.einsum("ia,abk,bj->ijk", k.M, S_dot[:p, :p], k.M)
     return s2 * k.M, k.M[..., None] * slope + s2 * dM

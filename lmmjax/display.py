@@ -338,10 +338,15 @@ def _warning_lines(fit: Fit) -> list[str]:
     if not fit.converged:
         lines.append(f"NOT CONVERGED: {fit.message}")
     if fit.singular:
-        from lmmjax.fit import _boundary
-
-        lines.append(f"SINGULAR FIT: {'; '.join(_boundary(fit.model, fit._theta_s))}")
+        lines.append(f"SINGULAR FIT: {boundary(fit)}")
     return lines
+
+
+def boundary(fit: Fit) -> str:
+    """Which variance components of a singular fit are on the boundary, in words."""
+    from lmmjax.fit import _boundary
+
+    return "; ".join(_boundary(fit.model, fit._theta_s))
 
 
 def model_text(model: Model) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmmjax.comparison import COMPONENT, component_label, is_posterior, lacking
-from lmmjax.display import numbers, percent
+from lmmjax.display import boundary, numbers, percent
+from lmmjax.fit import Fit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,13 +38,13 @@ def _lacking(comparison: Comparison) -> list[str]:
 def _trouble(comparison: Comparison) -> list[str]:
     lines = []
     for label, result in zip(comparison.labels, comparison.results, strict=True):
-        if is_posterior(result):
+        if not isinstance(result, Fit):
             continue
         if not result.converged:
             lines.append(f"{label} did not converge, its numbers mean little: {result.message}.")
         if result.singular:
             lines.append(
-                f"{label} is singular ({'; '.join(result.message.split('; ')[1:])}): the estimate "
+                f"{label} is singular ({boundary(result)}): the estimate "
                 "lies on the boundary of its range, which a posterior mean never does."
             )
     return lines

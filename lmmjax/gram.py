@@ -220,12 +220,17 @@ def _parents(child: np.ndarray, J: int, parent: np.ndarray) -> np.ndarray | None
     return lies_in if np.array_equal(lies_in[child], parent) else None
 
 
-def plan(design: Any) -> Plan:
+#: a factor of no more columns than this is not worth a place in the chain
+DENSE = 32
+
+
+def plan(design: Any, dense: int = DENSE) -> Plan:
     """Group the terms by factor and choose the order of elimination from the data.
 
-    The largest factor goes first: its block of Z'Z is block-diagonal. Each further factor, by
-    falling size, joins the chain if every chain factor is nested in it, so that elimination fills
-    in nothing outside its diagonal blocks; otherwise it belongs to the dense core.
+    The largest factor goes first: its block of Z'Z is block-diagonal. Each further factor of more
+    than ``dense`` columns, by falling size, joins the chain if every chain factor is nested in it,
+    so that elimination fills in nothing outside its diagonal blocks. All others belong to the
+    dense core: crossed factors, and outer factors so small that elimination would not pay.
     """
     groups: dict[str, list[int]] = {}
     for k, term in enumerate(design.terms):
@@ -239,7 +244,10 @@ def plan(design: Any) -> Plan:
     chain: list[Factor] = []
     core: list[Factor] = []
     for f in factors:
-        nested = all(_parents(codes[c.group], c.J, codes[f.group]) is not None for c in chain)
+        small = bool(chain) and f.S * f.J <= dense
+        nested = not small and all(
+            _parents(codes[c.group], c.J, codes[f.group]) is not None for c in chain
+        )
         (chain if nested else core).append(f)
     structures = tuple(covariance(t.cov, t.z.shape[1]) for t in design.terms)
     layout = Layout(

@@ -38,13 +38,17 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 class Factorised(NamedTuple):
-    """The part of L that does not involve y. U_i = L_i' of chain factor i, levels last."""
+    """The part of L that does not involve y. U_i = L_i' of chain factor i, levels last.
+
+    The core's columns of Z are kept without their Λ, which is applied after the chain is gone.
+    """
 
     lams: tuple[jax.Array, ...]  # Λ per factor, chain then core, (S, S)
     U: tuple[jax.Array, ...]  # (S_i, S_i, J_i) upper triangular
     up: tuple[tuple[jax.Array, ...], ...]  # L_i⁻¹ [.. Z_k], (S_i, S_k, J_i)
     border: tuple[jax.Array, ...]  # L_i⁻¹ [.. Z_core X], (S_i, d + p, J_i)
-    core: jax.Array  # Cholesky factor of the core's Schur complement, (d + p, d + p)
+    schur: jax.Array  # what the chain leaves of [Z_core X]'R⁻¹[Z_core X], (d + p, d + p)
+    core: jax.Array  # Cholesky factor of Λ'(schur)Λ + I (I on Z_core alone), (d + p, d + p)
     logdet: jax.Array  # log |V|, R included
 
 
@@ -52,6 +56,7 @@ class Row(NamedTuple):
     """The row of L that belongs to one right-hand side: l_y and r²."""
 
     chain: tuple[jax.Array, ...]  # (S_i, J_i)
+    schur: jax.Array  # what the chain leaves of [Z_core X]'R⁻¹y, (d + p,)
     core: jax.Array  # (d + p,)
     r2: jax.Array
 
@@ -94,12 +99,15 @@ def factor_lambda(terms: tuple[int, ...], lams: list[jax.Array]) -> jax.Array:
     return jax.scipy.linalg.block_diag(*[lams[k] for k in terms])
 
 
-def _scale_core(layout: Layout, lams: list[jax.Array], a: jax.Array) -> jax.Array:
-    """Multiply the first d entries of the last axis by blockdiag(I_J ⊗ Λ); the rest stays."""
+def scale_core(layout: Layout, lams: Sequence[jax.Array], a: jax.Array) -> jax.Array:
+    """Multiply the first d entries of the last axis by blockdiag(I_J ⊗ Λ); the rest stays.
+
+    ``lams`` are those of the core's factors.
+    """
     parts, at = [], 0
-    for terms, S, J in layout.core:
+    for lam, (_, S, J) in zip(lams, layout.core, strict=True):
         block = a[..., at : at + S * J].reshape(*a.shape[:-1], J, S)
-        parts.append((block @ factor_lambda(terms, lams)).reshape(*a.shape[:-1], S * J))
+        parts.append((block @ lam).reshape(*a.shape[:-1], S * J))
         at += S * J
     return jnp.concatenate([*parts, a[..., at:]], axis=-1)
 
@@ -118,20 +126,16 @@ class _Blocks(NamedTuple):
     core: list[jax.Array]  # one element
 
 
-def _assemble(layout: Layout, lams: list[jax.Array], gram: Gram) -> _Blocks:
-    """Λ applied from both sides, I added: the matrix that is factorised."""
-    chain = [factor_lambda(terms, lams) for terms, _, _ in layout.chain]
+def _assemble(lams: Sequence[jax.Array], gram: Gram) -> _Blocks:
+    """The chain's Λ applied from both sides, I added: the matrix that is eliminated."""
     own, up, border = [], [], []
-    for i, lam in enumerate(chain):
+    for i, lam in enumerate(lams):
         eye = jnp.eye(lam.shape[0], dtype=lam.dtype)[..., None]
         own.append(jnp.einsum("st,suj,uv->tvj", lam, gram.own[i], lam) + eye)
-        upper = zip(gram.up[i], chain[i + 1 :], strict=True)
+        upper = zip(gram.up[i], lams[i + 1 :], strict=True)
         up.append([jnp.einsum("st,suj,uv->tvj", lam, a, right) for a, right in upper])
-        wide = jnp.swapaxes(_scale_core(layout, lams, jnp.swapaxes(gram.border[i], 1, 2)), 1, 2)
-        border.append(_scale_rows(lam, wide))
-    core = _scale_core(layout, lams, _scale_core(layout, lams, jnp.asarray(gram.core)).T)
-    ones = jnp.arange(core.shape[0]) < layout.d
-    return _Blocks(own, up, border, [core + jnp.diag(ones.astype(core.dtype))])
+        border.append(_scale_rows(lam, gram.border[i]))
+    return _Blocks(own, up, border, [jnp.asarray(gram.core)])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -208,30 +212,30 @@ def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
 
     O(J (S³ + S² m + S m²)) for the chain with m = d + p, and O((d + p)³) for the core.
     """
-    blocks = _assemble(layout, lams, gram)
+    every = [factor_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core)]
+    c = len(layout.chain)
+    blocks = _assemble(every[:c], gram)
     logdet = jnp.asarray(gram.logdet_R, blocks.core[0].dtype)
     Us, ups, borders = [], [], []
-    for i in range(len(layout.chain)):
+    for i in range(c):
         U, W_up, W = _eliminate(layout, blocks, gram, i)
         logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(U)))
         Us.append(U)
         ups.append(W_up)
         borders.append(W)
-    L = jnp.linalg.cholesky(blocks.core[0])
+    schur = blocks.core[0]
+    scaled = scale_core(layout, every[c:], scale_core(layout, every[c:], schur).T)
+    ones = jnp.arange(len(schur)) < layout.d
+    L = jnp.linalg.cholesky(scaled + jnp.diag(ones.astype(schur.dtype)))
     logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(L)[: layout.d]))
-    every = tuple(factor_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core))
-    return Factorised(every, tuple(Us), tuple(ups), tuple(borders), L, logdet)
+    return Factorised(tuple(every), tuple(Us), tuple(ups), tuple(borders), schur, L, logdet)
 
 
 def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
     """The row of L for one right-hand side: O(J S m) after the factorisation."""
     c = len(layout.chain)
     z = [_scale_rows(lam, a) for lam, a in zip(f.lams[:c], rhs.border, strict=True)]
-    at, parts = 0, []
-    for lam, (_, S, J) in zip(f.lams[c:], layout.core, strict=True):
-        parts.append((rhs.core[at : at + S * J].reshape(J, S) @ lam).reshape(-1))
-        at += S * J
-    core, r2 = jnp.concatenate([*parts, rhs.core[at:]]), rhs.yy
+    core, r2 = rhs.core, rhs.yy
     rows = []
     for i in range(c):
         row = forward_substitute(f.U[i], z[i])
@@ -241,8 +245,9 @@ def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
             k = i + 1 + a
             z[k] = z[k] - _to_parent(parent, jnp.einsum("stj,sj->tj", W, row), layout.chain[k][2])
         rows.append(row)
-    l_y = jax.scipy.linalg.solve_triangular(f.core, core, lower=True)
-    return Row(tuple(rows), l_y, r2 - l_y @ l_y)
+    scaled = scale_core(layout, f.lams[c:], core)
+    l_y = jax.scipy.linalg.solve_triangular(f.core, scaled, lower=True)
+    return Row(tuple(rows), core, l_y, r2 - l_y @ l_y)
 
 
 def reduce(
@@ -382,18 +387,18 @@ def ranef(
     rhs = red.row.core[:d] - f.core[d:, :d].T @ beta
     rhs = rhs + jnp.concatenate([jnp.zeros(0, beta.dtype), *[a.T.reshape(-1) for a in z[c:]]])
     u_core = jax.scipy.linalg.solve_triangular(f.core[:d, :d], rhs, lower=True, trans=1)
-    known = jnp.concatenate([u_core, beta])
+    core, at = [], 0
+    for lam, (_, S, J) in zip(f.lams[c:], layout.core, strict=True):
+        core.append(lam @ u_core[at : at + S * J].reshape(J, S).T)
+        at += S * J
+    known = jnp.concatenate([*[b.T.reshape(-1) for b in core], beta])
     u: dict[int, jax.Array] = {}
     for i in reversed(range(c)):
         rhs = red.row.chain[i] - jnp.einsum("smj,m->sj", f.border[i], known) + z[i]
         for k, (W, parent) in enumerate(zip(f.up[i], gram.parent[i], strict=True)):
             rhs = rhs - jnp.einsum("stj,tj->sj", W, u[i + 1 + k][:, parent])
         u[i] = _backward(f.U[i], rhs)
-    at = 0
-    for i, (_, S, J) in enumerate(layout.core):
-        u[c + i] = u_core[at : at + S * J].reshape(J, S).T
-        at += S * J
-    return tuple(lam @ u[i] for i, lam in enumerate(f.lams))
+    return (*[f.lams[i] @ u[i] for i in range(c)], *core)
 
 
 def ranef_cov(

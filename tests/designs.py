@@ -79,9 +79,9 @@ def layouts(n: int = 120) -> dict[str, list[tuple[str, np.ndarray, int, str]]]:
     }
 
 
-def problem(d: Any) -> tuple[gram.Plan, gram.Units, gram.Gram, gram.Rhs]:
-    """Plan, units and cross-products of a design."""
-    plan, standardised = gram.plan(d), gram.standardise(d)
+def problem(d: Any, dense: int = 0) -> tuple[gram.Plan, gram.Units, gram.Gram, gram.Rhs]:
+    """Plan, units and cross-products of a design; by default with as long a chain as it allows."""
+    plan, standardised = gram.plan(d, dense), gram.standardise(d)
     return plan, standardised.units, *gram.crossproducts(d, plan, standardised)
 
 

@@ -36,7 +36,7 @@ def criterion(d: Any, theta: np.ndarray, method: str, sigma: float | None = None
 
 
 def data_factors(d: Any, theta: np.ndarray) -> list[np.ndarray]:
-    plan = gram.plan(d)
+    plan = gram.plan(d, 0)
     return [np.asarray(a) for a in lk.factors(plan.layout, jnp.asarray(theta))]
 
 
@@ -222,7 +222,7 @@ def test_years_and_huge_offsets_cost_no_digits(shift: float) -> None:
 
 
 def test_crossproducts_add_over_rows(example: Any) -> None:
-    plan, standardised = gram.plan(example), gram.standardise(example)
+    plan, standardised = gram.plan(example, 0), gram.standardise(example)
     whole = gram.crossproducts(example, plan, standardised)
 
     def part(rows: slice) -> Any:
@@ -260,29 +260,30 @@ def test_gradient_equals_finite_differences(name: str, method: str) -> None:
     np.testing.assert_allclose(slope, numeric, rtol=1e-6, atol=1e-6)
 
 
-ONE_FACTOR = [k for k, terms in LAYOUTS.items() if len({t[0] for t in terms}) == 1]
-
-
-@pytest.mark.parametrize("name", ONE_FACTOR)
+@pytest.mark.parametrize("name", [k for k in LAYOUTS if k != "linear model"])
 def test_closed_forms_equal_autodiff(name: str) -> None:
     d = design(LAYOUTS[name], 120, 3)
-    plan, _, g, rhs = problem(d)
+    plan, _, g, rhs = problem(d, dense=32)
     layout, theta = plan.layout, jnp.asarray(random_theta(d))
     assert derivatives.has_closed_form(layout)
-    for method in METHODS:
+    method = METHODS[len(name) % 2]
 
-        def f(t: jax.Array, method: str = method) -> jax.Array:
-            return estimate.criterion(layout, method, t, g, rhs)
+    def f(t: jax.Array) -> jax.Array:
+        return estimate.criterion(layout, method, t, g, rhs)
 
-        def vcov(t: jax.Array, method: str = method) -> jax.Array:
-            red = lk.reduce(layout, t, g, rhs)
-            return lk.profiled_sigma2(red, method) * lk.unscaled_vcov(red)
+    def vcov(t: jax.Array) -> jax.Array:
+        red = lk.reduce(layout, t, g, rhs)
+        return lk.profiled_sigma2(red, method) * lk.unscaled_vcov(red)
 
-        closed = derivatives.closed_form(layout, method, theta, g, rhs)
-        for a, b in zip(closed, derivatives.by_autodiff(f, theta), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
-        _, slope = derivatives.vcov_and_derivative(layout, method, theta, g, rhs)
-        np.testing.assert_allclose(slope, jax.jacfwd(vcov)(theta), rtol=1e-8, atol=1e-12)
+    def ours(t: jax.Array) -> Any:
+        slope = derivatives.vcov_and_derivative(layout, method, t, g, rhs)[1]
+        return *derivatives.closed_form(layout, method, t, g, rhs), slope
+
+    def automatic(t: jax.Array) -> Any:
+        return *derivatives.by_autodiff(f, t), jax.jacfwd(vcov)(t)
+
+    for a, b in zip(jax.jit(ours)(theta), jax.jit(automatic)(theta), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["slope", "crossed"])
@@ -349,7 +350,7 @@ def test_everything_lowers_for_cuda(name: str) -> None:
 
 def test_layout_is_hashable_and_chosen_from_the_data() -> None:
     d = design(LAYOUTS["nested and crossed"], 120, 2)
-    plan = gram.plan(d)
+    plan = gram.plan(d, 0)
     assert hash(plan.layout) == hash(dataclasses.replace(plan.layout))
     assert [f.group for f in plan.factors] == ["a", "b", "c"]
     assert plan.n_chain == 2

@@ -281,7 +281,10 @@ def variances_of(spec: Spec, values: dict[str, Array]) -> Variances:
         by_term: list[Array | None] = []
         for k, S in enumerate(g.sizes):
             how = g.correlation(k)
-            value = values[f"{how}_{g.name}_{k}"] if how else None
+            if how is None:
+                by_term.append(None)
+                continue
+            value = values[f"{how}_{g.name}_{k}"]
             by_term.append(cs_cholesky(value, S) if how == "rho" else value)
         chols.append(by_term)
     return Variances(values["sigma"], term_factors(spec, sds, chols))
@@ -304,10 +307,11 @@ class GaussianBeta(NamedTuple):
 def gaussian_beta(data: Data, prior: Sites) -> GaussianBeta:
     """β ~ N(m, diag(s²)) as a prior of β_s, β = β₀ + c A β_s; flat entries have precision 0."""
     p = len(prior.beta)
-    normal = [not is_flat(d) for d in prior.beta]
-    m = [d.loc if ok else b for d, ok, b in zip(prior.beta, normal, data.beta0, strict=True)]
-    s = [d.scale if ok else 1.0 for d, ok in zip(prior.beta, normal, strict=True)]
-    m, s, ok = jnp.asarray(m, data.A.dtype), jnp.asarray(s, data.A.dtype), np.array(normal, bool)
+    ok = np.array([not is_flat(d) for d in prior.beta], bool)
+    pairs = zip(prior.beta, ok, data.beta0, strict=True)
+    m = jnp.asarray([d.loc if proper else b for d, proper, b in pairs], data.A.dtype)
+    sds = [d.scale if proper else 1.0 for d, proper in zip(prior.beta, ok, strict=True)]
+    s = jnp.asarray(sds, data.A.dtype)
     M = data.scale * data.A
     precision = M.T @ (jnp.where(ok, s**-2.0, 0.0)[:, None] * M)
     logdet_M = jnp.linalg.slogdet(M)[1] if p else jnp.zeros(())

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 METHODS = ("nuts", "auto")
 
 #: names that the data tree uses for its own dimensions
-RESERVED = ("chain", "draw", "coef", "obs", "sample")
+RESERVED = ("chain", "draw", "coef", "obs")
 
 #: thresholds of the warnings (Vehtari et al. 2021; Betancourt 2016 for E-BFMI)
 RHAT_LIMIT = 1.01
@@ -94,7 +94,7 @@ class Posterior:
     def _flat(self, name: str) -> np.ndarray:
         """Draws of all chains one after the other: (chains * draws, ...)."""
         value = self.values[name]
-        return value.reshape(-1, *value.shape[2:])
+        return value.reshape(self.chains * self.draws, *value.shape[2:])
 
     @property
     def beta(self) -> pd.Series:
@@ -370,7 +370,8 @@ class Posterior:
     @cached_property
     def _checks(self) -> dict[str, float]:
         names = [k for k in self.values if not k.startswith("ranef_") or self.form != "marginal"]
-        parts = [self.values[k].reshape(self.chains, self.draws, -1) for k in names]
+        found = [self.values[k] for k in names if self.values[k].size]
+        parts = [value.reshape(self.chains, self.draws, -1) for value in found]
         values = np.concatenate(parts, axis=-1)
         stats = _array_stats()
         return {
@@ -482,7 +483,7 @@ def _summary(values: np.ndarray, level: float) -> pd.DataFrame:
     """Mean, SD, interval, bulk ESS and R-hat of (chains, draws, k), one row each."""
     import pandas as pd
 
-    flat = values.reshape(-1, values.shape[-1])
+    flat = values.reshape(values.shape[0] * values.shape[1], values.shape[-1])
     low, high = np.quantile(flat, _tails(level), axis=0)
     columns = (flat.mean(axis=0), flat.std(axis=0, ddof=1), low, high)
     if values.shape[-1] == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -29,9 +29,11 @@ def predict(
     import pandas as pd
 
     _check(kind, interval, new_levels)
-    new = _new_design(posterior, newdata, kind == "conditional" or interval == "prediction", offset)
+    # these two ask a result for its model only
+    result = cast("Any", posterior)
+    new = _new_design(result, newdata, kind == "conditional" or interval == "prediction", offset)
     if kind == "conditional" and new_levels == "raise":
-        _refuse_new_levels(posterior, new)
+        _refuse_new_levels(result, new)
     if interval is None:
         return pd.Series(_means(posterior, new, kind), index=new.rows, name="prediction")
     check_level(level)

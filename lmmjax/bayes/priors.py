@@ -203,6 +203,7 @@ def resolve(design: Design, priors: Any = "default") -> Priors:
             f"priors={base!r} is unknown; expected one of {', '.join(map(repr, BASES))}, or a dict "
             f"with keys such as {', '.join(map(repr, keys(design)[:4]))}."
         )
+    _check_clash(design)
     _check_keys(design, chosen)
     with float64():
         entries = _default_set(design) if base == "default" else _flat_set(design)
@@ -211,6 +212,15 @@ def resolve(design: Design, priors: Any = "default") -> Priors:
     out = Priors(base, entries, frozenset(chosen))
     check_proper(design, out)
     return out
+
+
+def _check_clash(design: Design) -> None:
+    clash = set(design.x_names) & set(keys(design)[design.p :])
+    if clash:
+        raise PriorError(
+            f"the fixed effect {min(clash)!r} has the name of a variance parameter, so its prior "
+            "cannot be told from that one; expected different names. Rename the column."
+        )
 
 
 def _check_keys(design: Design, chosen: Mapping[str, Any]) -> None:

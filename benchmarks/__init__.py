@@ -1,0 +1,1 @@
+"""Timings of lmmjax, run by ``make bench``; results in docs/benchmarks.md."""
