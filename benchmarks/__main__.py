@@ -1,8 +1,8 @@
 """Measure lmmjax and write docs/benchmarks.md: ``python -m benchmarks [--runs 5]``.
 
-Each figure is a median over runs. Cold times are whole processes without a compilation cache; compile
-times are first calls less a warm one, in a fresh process each; warm times repeat the call in one
-process. The criterion is recorded beside the time: a fast wrong optimum counts as a loss.
+Each figure is a median over runs. Cold times are whole processes; compile times are first calls
+less a warm one, in a fresh process each; warm times repeat the call in one process. The criterion
+is recorded beside the time: a fast wrong optimum counts as a loss.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ the rules ∂Ã = -Ã E Ã, ∂T = -Ã E T, ∂S = -T'E T give
                   - 2 (ν/r²) (Ṡ_k v)_x' S_x⁻¹ (Ṡ_l v)_x - (ν/r⁴) (v'Ṡ_k v)(v'Ṡ_l v)
                   - (REML) tr(S_x⁻¹ Ṡ_k,x S_x⁻¹ Ṡ_l,x),      Ṡ_k = T'E_k T
 
-Ã is never formed: with V₁ = R + Z₁Σ₁Z₁' of the chain factor (block-diagonal by level i), core columns
-Z_c, and per level a_i = Z₁'V₁⁻¹Z₁, P_i = Z₁'V₁⁻¹Z_c, and K = Z_c'V₁⁻¹Z_c, Q = Λ_c(I + Λ_c'KΛ_c)⁻¹Λ_c',
+Ã is never formed. With V₁ = R + Z₁Σ₁Z₁' of the chain factor, block-diagonal by level i, the core's
+columns Z_c, per level a_i = Z₁'V₁⁻¹Z₁ and P_i = Z₁'V₁⁻¹Z_c, and over all rows K = Z_c'V₁⁻¹Z_c and
+Q = Λ_c(I + Λ_c'KΛ_c)⁻¹Λ_c',
 
     Ã_ij = δ_ij a_i - P_i Q P_j',   Ã_ic = P_i (I - Q K),   Ã_cc = K - K Q K.
 """
@@ -146,6 +147,12 @@ def _apply_core(layout: Layout, E: list[jax.Array], x: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=1)
 
 
+def _pair(blocks: list[jax.Array], E: list[jax.Array]) -> jax.Array:
+    """Σ over factors of tr(block' E_k), (k,)."""
+    terms = [jnp.einsum("ab,kab->k", b, e) for b, e in zip(blocks, E, strict=True)]
+    return jnp.sum(jnp.stack(terms), axis=0)
+
+
 def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
     """Ṡ_k = T'E_k T, (n_theta, p + 1, p + 1)."""
     chain = jnp.einsum("kab,abmn->kmn", E[0], jnp.einsum("amj,bnj->abmn", k.T, k.T))
@@ -185,25 +192,20 @@ def _core_traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) ->
     ET = _apply_core(layout, E[1:], k.T_core)
     across = 2 * jnp.einsum("mn,kdm,ldn->kl", C, jnp.einsum("de,kdm->kem", IQK, G), ET)
     for i in range(len(mine)):
-        sums = _core_sums(layout, IQK.T @ M[i] @ IQK)
-        blocks = zip(sums, E[1:], strict=True)
-        row = sum(jnp.einsum("ab,lab->l", s, x) for s, x in blocks)
-        across = across.at[i].add(-row)
+        across = across.at[i].add(-_pair(_core_sums(layout, IQK.T @ M[i] @ IQK), E[1:]))
     # core with core
     core = 2 * jnp.einsum("mn,kdm,ldn->kl", C, ET, jnp.einsum("de,ken->kdn", A_cc, ET))
     where = _core_blocks(layout)
     for (rows, J, S), x in zip(where, E[1:], strict=True):
-        for (columns, I, R), y in zip(where, E[1:], strict=True):
-            block = A_cc[rows, columns].reshape(J, S, I, R)
+        for (columns, other_J, other_S), y in zip(where, E[1:], strict=True):
+            block = A_cc[rows, columns].reshape(J, S, other_J, other_S)
             four = jnp.einsum("jaid,jbic->abcd", block, block)
             core = core - jnp.einsum("abcd,kab,lcd->kl", four, x, y)
     whole = core.at[jnp.ix_(mine, mine)].add(chain)
     return whole.at[mine].add(across).at[:, mine].add(across.T)
 
 
-def closed_form(
-    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs
-) -> Derivatives:
+def closed_form(layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs) -> Derivatives:
     """The formulas of the module's header, for a layout with one factor in the chain."""
     k, E = _pieces(layout, theta, gram, rhs), _sigma_derivatives(layout, theta)
     p, reml = k.red.p, method == "REML"
@@ -212,10 +214,10 @@ def closed_form(
     if reml:
         C = C.at[:p, :p].add(k.M)
     gamma = _gamma(layout, k, C)
-    gradient = sum(jnp.einsum("ab,kab->k", g, e) for g, e in zip(gamma, E, strict=True))
+    gradient = _pair(gamma, E)
 
     def linear_in_sigma(t: jax.Array) -> jax.Array:
-        return sum(jnp.sum(g * s) for g, s in zip(gamma, _sigmas(layout, t), strict=True))
+        return _pair(gamma, [s[None] for s in _sigmas(layout, t)])[0]
 
     hessian = jax.hessian(linear_in_sigma)(theta) + _traces(layout, k, E, C)
     S_dot = _s_dot(layout, k, E)

@@ -11,7 +11,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import derivatives, optimize
@@ -60,9 +59,7 @@ def optimise(
 
 def _estimates(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta: jax.Array) -> Estimates:
     red = lk.reduce(layout, theta, gram, rhs)
-    return Estimates(
-        lk.fixef(red), lk.unscaled_vcov(red), lk.profiled_sigma2(red, method), red.r2
-    )
+    return Estimates(lk.fixef(red), lk.unscaled_vcov(red), lk.profiled_sigma2(red, method), red.r2)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -98,6 +95,5 @@ def unscaled_prediction_variance(
 
 def start(layout: Layout) -> Any:
     """Identity Λ for every term, in standardised units."""
-    import numpy as np
 
     return np.concatenate([np.zeros(0), *(s.start() for s in layout.structures)])

@@ -162,7 +162,11 @@ class Fit:
         """
         method = check_df(df) if df is not None else self.df
         return tables.t_table(
-            self._beta, self.std_errors, self._degrees(method), list(self.model.design.x_names), level
+            self._beta,
+            self.std_errors,
+            self._degrees(method),
+            list(self.model.design.x_names),
+            level,
         )
 
     def _degrees(self, method: str) -> np.ndarray:
@@ -250,7 +254,9 @@ class Fit:
         import pandas as pd
 
         group, levels, names = self._group(group)
-        return pd.DataFrame(self._effects[group][0], index=pd.Index(levels, name=group), columns=names)
+        return pd.DataFrame(
+            self._effects[group][0], index=pd.Index(levels, name=group), columns=names
+        )
 
     def ranef_se(self, group: str | None = None) -> pd.DataFrame:
         """Conditional SDs of the random effects given β, θ and σ, in the shape of :meth:`ranef`."""

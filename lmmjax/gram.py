@@ -16,6 +16,7 @@ small blocks is arithmetic on long contiguous vectors.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ import numpy as np
 
 from lmmjax.covariance import Covariance, covariance
 from lmmjax.errors import DesignError
-
 
 # -------------------------------------------------------------------------------------------------
 # 1. Units
@@ -198,7 +198,7 @@ class Layout:
     def split(self, theta: Any) -> list[Any]:
         """Cut θ into the parameters of each term."""
         ends = np.cumsum([0, *(s.n_theta for s in self.structures)])
-        return [theta[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return [theta[a:b] for a, b in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,9 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
     def body(s: _State) -> _State:
         at = s.theta + s.step
         value, gradient, hessian = derivatives(at)
-        finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(hessian)) & jnp.all(jnp.isfinite(gradient))
+        finite = (
+            jnp.isfinite(value) & jnp.all(jnp.isfinite(hessian)) & jnp.all(jnp.isfinite(gradient))
+        )
         slack = 8 * eps * (1.0 + jnp.abs(value))
         first = s.n == 0
         # close to the optimum rounding hides the decrease, but the gradient still tells
@@ -148,9 +150,7 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
         tiny = predicted <= 100 * eps * (1.0 + jnp.abs(value))
         lost = (~ok & first) | (radius < 1e-3 * eps)
         done = s.polish | lost
-        return _State(
-            theta, value, gradient, hessian, step, predicted, radius, s.n + 1, tiny, done
-        )
+        return _State(theta, value, gradient, hessian, step, predicted, radius, s.n + 1, tiny, done)
 
     start = _State(
         theta0,
@@ -179,7 +179,7 @@ def descend(
     max_iter: int = 5000,
     tol: float = 1e-10,
 ) -> Optimum:
-    """Minimise with an optax transformation; stops when the gradient's squared norm is below ``tol``.
+    """Minimise with an optax transformation until the gradient's squared norm is below ``tol``.
 
     ``transform`` may be any ``optax.GradientTransformationExtraArgs`` (``optax.lbfgs()``,
     ``optax.adam(0.1)``). First-order methods find fewer digits than Newton and may stop at the
@@ -208,7 +208,7 @@ def descend(
     inf = jnp.asarray(jnp.inf, theta0.dtype)
     carry = (theta0, transform.init(theta0), theta0, inf, inf, jnp.asarray(0))
     going = lambda c: (c[4] > tol) & (c[5] < max_iter)  # noqa: E731
-    theta, _, best, best_value, norm2, n = jax.lax.while_loop(going, body, carry)
+    _, _, best, _, norm2, n = jax.lax.while_loop(going, body, carry)
     value, gradient, hessian = derivatives(best)
     status = jnp.where(norm2 <= tol, CONVERGED, MAX_ITERATIONS)
     status = jnp.where(jnp.isfinite(value), status, NOT_FINITE)

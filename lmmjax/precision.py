@@ -13,14 +13,10 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import jax
 
 from lmmjax.errors import PrecisionError
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @contextlib.contextmanager
@@ -41,7 +37,7 @@ def float64() -> Iterator[None]:
         yield
 
 
-def in_float64(function: Callable[P, R]) -> Callable[P, R]:
+def in_float64[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a public method so that its body runs in double precision."""
 
     @functools.wraps(function)

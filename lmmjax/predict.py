@@ -58,12 +58,12 @@ def _check(kind: str, interval: str | None, new_levels: str) -> None:
 
 
 def _new_design(fit: Fit, newdata: Any, random: bool, offset: Any) -> NewDesign:
-    from lmmjax.design import NewDesign
+    from lmmjax.design import NewDesign, NewTerm
 
     design = fit.model.design
     if newdata is not None:
         return design.spec.new(newdata, random=random and bool(design.terms), offset=offset)
-    terms = tuple((t.z, t.codes, t.levels[t.codes]) for t in design.terms)
+    terms = tuple(NewTerm(t.z, t.codes, t.levels[t.codes]) for t in design.terms)
     return NewDesign(X=design.X, offset=design.offset, terms=terms, rows=design.rows)
 
 

@@ -70,7 +70,7 @@ def test_deviance_takes_all_transformations(model: lmm.Model, fit: lmm.Fit) -> N
 
 
 def test_deviance_refuses_single_precision(model: lmm.Model, sleep: pd.DataFrame) -> None:
-    with pytest.raises(lmm.PrecisionError, match="with lmmjax.float64"):
+    with pytest.raises(lmm.PrecisionError, match=r"with lmmjax\.float64"):
         model.deviance(model.theta0)
     with pytest.raises(lmm.PrecisionError):
         jax.jit(model.deviance)(model.theta0)
@@ -204,7 +204,7 @@ def test_homogeneous_compound_symmetry_is_the_nested_random_intercept() -> None:
     assert homcs.sigma == pytest.approx(nested.sigma, rel=1e-8)
 
 
-# -- questions to a fit ------------------------------------------------------------------------------
+# -- questions to a fit ---------------------------------------------------------------------------
 
 
 def test_coefficient_tables(fit: lmm.Fit) -> None:
@@ -264,7 +264,7 @@ def test_residuals(fit: lmm.Fit, sleep: pd.DataFrame) -> None:
 
 def test_predict_new_levels_and_intervals(fit: lmm.Fit) -> None:
     new = pd.DataFrame({"Days": [0, 5, 5], "Subject": ["308", "308", "999"]}, index=list("abc"))
-    with pytest.raises(lmm.DataError, match="999.*new_levels='population'"):
+    with pytest.raises(lmm.DataError, match=r"999.*new_levels='population'"):
         fit.predict(new)
     point = fit.predict(new, new_levels="population")
     assert list(point.index) == ["a", "b", "c"]
