@@ -85,20 +85,35 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs) -> Pieces:
     """From the factorisation: with W = U⁻'Λ'(·), Z₁'V₁⁻¹B = B - W_A'W_B, no inverse formed."""
     red, d = lk.reduce(layout, theta, gram, rhs), layout.d
     f = red.factorised
-    W_A = lk.forward_substitute(f.U[0], jnp.einsum("st,suj->tuj", f.lams[0], gram.own[0]))
+    W_A = lk.forward_substitute(f.U[0], lk.scale_rows(f.lams[0], gram.own[0]))
     W_B = jnp.concatenate([f.border[0], red.row.chain[0][:, None]], axis=1)
     B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
-    a = gram.own[0] - jnp.einsum("kaj,kbj->abj", W_A, W_A)
-    P = B - jnp.einsum("kaj,kmj->amj", W_A, W_B)
+    a = gram.own[0] - lk.per_level(W_A, W_A)
+    P = B - lk.per_level(W_A, W_B)
     K = jnp.concatenate([f.schur[:d], red.row.schur[:d, None]], axis=1)
     half = lk.scale_core(layout, f.lams[1:], jnp.eye(d, dtype=theta.dtype)).T
     half = jax.scipy.linalg.solve_triangular(f.core[:d, :d], half, lower=True)
     Q = half.T @ half
     QK = Q @ K[:, d:]
-    T = P[:, d:] - jnp.einsum("sdj,dm->smj", P[:, :d], QK)
-    T_core = K[:, d:] - K[:, :d] @ QK
+    T, T_core = P[:, d:] - _left(QK.T, P[:, :d]), K[:, d:] - K[:, :d] @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
     return Pieces(red, a, P[:, :d], T, T_core, K[:, :d], Q, v, lk.unscaled_vcov(red))
+
+
+def _left(A: jax.Array, x: jax.Array) -> jax.Array:
+    """A x for every row of the level's block: (k, m), (S, m, J) -> (S, k, J)."""
+    return jnp.stack([A @ rows for rows in x])
+
+
+def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y' per level: (S, m, J), (R, m, J) -> (S, R, J), a fused multiply and add."""
+    return jnp.sum(x[:, None] * y[None], axis=2)
+
+
+def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Σ over levels of x ⊗ y as one product: (a, b, J), (c, d, J) -> (a, b, c, d)."""
+    J = x.shape[-1]
+    return (x.reshape(-1, J) @ y.reshape(-1, J).T).reshape(*x.shape[:-1], *y.shape[:-1])
 
 
 def _sigmas(layout: Layout, theta: jax.Array) -> list[jax.Array]:
@@ -155,7 +170,7 @@ def _pair(blocks: list[jax.Array], E: list[jax.Array]) -> jax.Array:
 
 def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
     """Ṡ_k = T'E_k T, (n_theta, p + 1, p + 1)."""
-    chain = jnp.einsum("kab,abmn->kmn", E[0], jnp.einsum("amj,bnj->abmn", k.T, k.T))
+    chain = jnp.einsum("kab,ambn->kmn", E[0], _outer(k.T, k.T))
     if not layout.core:
         return chain
     return chain + jnp.einsum("dm,kdn->kmn", k.T_core, _apply_core(layout, E[1:], k.T_core))
@@ -163,12 +178,16 @@ def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
 
 def _traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
     """2 tr(C T'E_k Ã E_l T) - tr(Ã E_k Ã E_l), (n_theta, n_theta)."""
-    H = jnp.einsum("amj,mn,bnj->abj", k.T, C, k.T)
-    inner = jnp.einsum("daj,bcj->abcd", 2 * H - k.a, k.a)
-    hessian = jnp.einsum("abcd,kab,lcd->kl", inner, E[0], E[0])
+    H = _inner(_left(C, k.T), k.T)
+    hessian = _double(_outer(2 * H - k.a, k.a), E[0], E[0])
     if not layout.core:
         return hessian
     return hessian + _core_traces(layout, k, E, C)
+
+
+def _double(four: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Σ four[d, a, b, c] x_k[a, b] y_l[c, d]: Σ tr(F x_k G y_l) where four = Σ F ⊗ G."""
+    return jnp.einsum("dabc,kab,lcd->kl", four, x, y)
 
 
 def _core_traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
@@ -178,29 +197,25 @@ def _core_traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) ->
     IQK = jnp.eye(layout.d, dtype=C.dtype) - k.Q @ k.K
     A_cc = k.K @ IQK
     # chain with chain
-    PQ = jnp.einsum("sdj,de->sej", k.P, k.Q)
-    own = jnp.einsum("aej,bej->abj", PQ, k.P)
-    mixed = jnp.einsum("daj,bcj->abcd", own, k.a)
-    M = jnp.einsum("kab,adj,bej->kde", e, k.P, k.P)
-    QM = jnp.einsum("de,kef->kdf", k.Q, M)
-    G = jnp.einsum("adj,kab,bmj->kdm", k.P, e, k.T)
-    QG = jnp.einsum("de,kem->kdm", k.Q, G)
-    chain = jnp.einsum("abcd,kab,lcd->kl", mixed, e, e)
+    mixed = _outer(_inner(_left(k.Q, k.P), k.P), k.a)
+    M = jnp.einsum("kab,adbe->kde", e, _outer(k.P, k.P))
+    G = jnp.einsum("kab,adbm->kdm", e, _outer(k.P, k.T))
+    QM, QG = _left(k.Q, M), _left(k.Q, G)
+    chain = _double(mixed, e, e)
     chain = chain + chain.T - jnp.einsum("kde,led->kl", QM, QM)
     chain = chain - 2 * jnp.einsum("mn,kdm,ldn->kl", C, G, QG)
     # chain with core
     ET = _apply_core(layout, E[1:], k.T_core)
-    across = 2 * jnp.einsum("mn,kdm,ldn->kl", C, jnp.einsum("de,kdm->kem", IQK, G), ET)
+    across = 2 * jnp.einsum("mn,kdm,ldn->kl", C, _left(IQK.T, G), ET)
     for i in range(len(mine)):
         across = across.at[i].add(-_pair(_core_sums(layout, IQK.T @ M[i] @ IQK), E[1:]))
     # core with core
-    core = 2 * jnp.einsum("mn,kdm,ldn->kl", C, ET, jnp.einsum("de,ken->kdn", A_cc, ET))
+    core = 2 * jnp.einsum("mn,kdm,ldn->kl", C, ET, _left(A_cc, ET))
     where = _core_blocks(layout)
     for (rows, J, S), x in zip(where, E[1:], strict=True):
         for (columns, other_J, other_S), y in zip(where, E[1:], strict=True):
             block = A_cc[rows, columns].reshape(J, S, other_J, other_S)
-            four = jnp.einsum("jaid,jbic->abcd", block, block)
-            core = core - jnp.einsum("abcd,kab,lcd->kl", four, x, y)
+            core = core - _double(jnp.einsum("jaid,jbic->dabc", block, block), x, y)
     whole = core.at[jnp.ix_(mine, mine)].add(chain)
     return whole.at[mine].add(across).at[:, mine].add(across.T)
 
@@ -233,11 +248,10 @@ def closed_form(layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: 
 
 def _gamma(layout: Layout, k: Pieces, C: jax.Array) -> list[jax.Array]:
     """Sums of the diagonal blocks of Ã - T C T' per factor, (S, S) each."""
-    TC = jnp.einsum("amj,mn,bnj->ab", k.T, C, k.T)
-    chain = jnp.sum(k.a, axis=-1) - TC
+    chain = jnp.sum(k.a - _inner(_left(C, k.T), k.T), axis=-1)
     if not layout.core:
         return [chain]
-    chain = chain - jnp.einsum("adj,de,bej->ab", k.P, k.Q, k.P)
+    chain = chain - jnp.sum(_inner(_left(k.Q, k.P), k.P), axis=-1)
     core = k.K - k.K @ k.Q @ k.K - k.T_core @ C @ k.T_core.T
     return [chain, *_core_sums(layout, core)]
 

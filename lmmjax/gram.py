@@ -62,71 +62,96 @@ class Standardised(NamedTuple):
 
 def _constant_direction(X: np.ndarray) -> np.ndarray:
     """Coefficients a with X a = 1, or zeros where X does not span the constant."""
-    n, p = X.shape
-    a = np.zeros(p)
-    ones = np.flatnonzero(np.all(X == 1.0, axis=0)) if n else np.array([], int)
-    if ones.size:
-        a[ones[0]] = 1.0
-        return a
+    a = np.zeros(X.shape[1])
+    for j, column in enumerate(X.T):
+        if column[0] == 1.0 and np.all(column == 1.0):
+            a[j] = 1.0
+            return a
     # indicator columns that add up to one (cell means coding); anything subtler keeps its origin
-    indicator = np.flatnonzero(np.all((X == 0.0) | (X == 1.0), axis=0))
-    if indicator.size and np.all(X[:, indicator].sum(axis=1) == 1.0):
+    indicator = [j for j, x in enumerate(X.T) if np.all((x == 0.0) | (x == 1.0))]
+    if indicator and np.all(X[:, indicator].sum(axis=1) == 1.0):
         a[indicator] = 1.0
     return a
 
 
-def _rms(columns: np.ndarray) -> np.ndarray:
-    """Root mean square per column, 1 where a column vanishes; never squares large numbers."""
-    if columns.size == 0:
-        return np.ones(columns.shape[1:])
-    top = np.max(np.abs(columns), axis=0)
-    top = np.where(top > 0, top, 1.0)
-    return top * np.sqrt(np.einsum("ij,ij->j", columns / top, columns / top) / len(columns))
+def _rms(column: np.ndarray) -> float:
+    """Root mean square, 1 where the column vanishes; never squares large numbers."""
+    top = max(float(column.max()), -float(column.min()))
+    if top == 0.0:
+        return 1.0
+    if 1e-100 < top < 1e100:
+        return float(np.sqrt(column @ column / len(column)))
+    scaled = column / top
+    return top * float(np.sqrt(scaled @ scaled / len(column)))
 
 
 def _standardise_x(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """X_s = X A with centred (where possible) and scaled columns; returns X_s, A, a."""
     a = _constant_direction(X)
-    mean = X.mean(axis=0) if a.any() else np.zeros(X.shape[1])
-    mean = np.where(a != 0, 0.0, mean)
-    centred = X - mean if mean.any() else X
-    size = _rms(centred)
-    A = (np.eye(len(a)) - np.outer(a, mean)) / size
-    return centred / size, A, a
+    mean, size = np.zeros(len(a)), np.ones(len(a))
+    Xs = np.empty(X.shape, order="F")
+    for j, column in enumerate(X.T):
+        if a.any() and a[j] == 0.0:
+            mean[j] = column.mean()
+        np.subtract(column, mean[j], out=Xs[:, j])
+        size[j] = _rms(Xs[:, j])
+        Xs[:, j] /= size[j]
+    return Xs, (np.eye(len(a)) - np.outer(a, mean)) / size, a
 
 
 def _standardise_y(
-    y: np.ndarray, Xs: np.ndarray, A: np.ndarray, a: np.ndarray, weights: np.ndarray
+    y: np.ndarray, Xs: np.ndarray, A: np.ndarray, a: np.ndarray, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """y_s = (y - X β₀) / c with β₀ near the least-squares fit; returns y_s, β₀, c."""
     shift = float(y.mean()) if a.any() else 0.0
     centred = y - shift
-    gram = Xs.T @ (Xs * weights[:, None])
-    coefficients = np.linalg.solve(gram, Xs.T @ (weights * centred)) if len(a) else np.zeros(0)
-    residual = centred - Xs @ coefficients
-    size = float(_rms(residual[:, None])[0])
-    if not size > 1e-14 * max(float(np.max(np.abs(centred))), np.finfo(float).tiny):
+    most = float(np.max(np.abs(centred)))
+    gram = Xs.T @ _weighted(Xs, weights)
+    coefficients = np.zeros(len(a))
+    if len(a):
+        coefficients = np.linalg.solve(gram, Xs.T @ _weighted(centred, weights))
+    centred -= Xs @ coefficients
+    size = _rms(centred)
+    if not size > 1e-14 * max(most, np.finfo(float).tiny) or np.all(centred == 0.0):
         raise DesignError(
             "the fixed effects reproduce the response exactly, so no variance is left to estimate; "
             "expected a response with variation beyond the fixed part. Remove the predictor that "
             "is a copy of the response, or a fixed effect per row."
         )
-    return residual / size, a * shift + A @ coefficients, size
+    centred /= size
+    return centred, a * shift + A @ coefficients, size
+
+
+def _weighted(columns: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """W times columns; no copy where the weights are all one (None)."""
+    if weights is None:
+        return columns
+    return columns * (weights[:, None] if columns.ndim == 2 else weights)
 
 
 def _standardise_z(z: np.ndarray, structure: Covariance) -> tuple[np.ndarray, np.ndarray]:
     """Z_s = Z B; shifts only where the term has an intercept that may take up the shift."""
     S = structure.S
     B = np.eye(S)
-    constant = np.flatnonzero(np.all(z == 1.0, axis=0))
-    if structure.mixes and constant.size:
-        c = int(constant[0])
-        mean = z.mean(axis=0)
-        mean[c] = 0.0
-        z = z - mean
-        B[c, :] -= mean
-    size = _rms(z) if structure.scales else np.full(S, float(np.mean(_rms(z))))
-    return z / size, B / size
+    a = _constant_direction(z) if structure.mixes else np.zeros(S)
+    constant = int(np.argmax(a)) if a.sum() == 1.0 else None
+    zs = np.empty(z.shape, order="F")
+    size = np.ones(S)
+    for s, column in enumerate(z.T):
+        if constant is not None and s != constant:
+            B[constant, s] = -column.mean()
+            np.add(column, B[constant, s], out=zs[:, s])
+        else:
+            zs[:, s] = column
+        size[s] = _rms(zs[:, s])
+    if not structure.scales:
+        size[:] = size.mean()
+    zs /= size
+    return zs, B / size
+
+
+def _weights(design: Any) -> np.ndarray | None:
+    return np.asarray(design.weights, float) if design.has_weights else None
 
 
 def standardise(design: Any) -> Standardised:
@@ -144,7 +169,7 @@ def standardise(design: Any) -> Standardised:
     """
     Xs, A, a = _standardise_x(design.X)
     y = design.y - design.offset if design.has_offset else design.y
-    ys, beta0, scale = _standardise_y(y, Xs, A, a, design.weights)
+    ys, beta0, scale = _standardise_y(y, Xs, A, a, _weights(design))
     parts = [_standardise_z(t.z, covariance(t.cov, t.z.shape[1])) for t in design.terms]
     logdet = float(np.linalg.slogdet(A)[1]) if len(A) else 0.0
     B = tuple(b for _, b in parts)
@@ -321,7 +346,7 @@ def _core_columns(
 
 
 def _core_gram(
-    core: list[tuple[np.ndarray, np.ndarray, int]], X: np.ndarray, w: np.ndarray
+    core: list[tuple[np.ndarray, np.ndarray, int]], X: np.ndarray, w: np.ndarray | None
 ) -> np.ndarray:
     """[Z_c X]'W[Z_c X], shape (d + p, d + p)."""
     p = X.shape[1]
@@ -329,11 +354,11 @@ def _core_gram(
     starts = np.cumsum([0, *sizes])
     d = int(starts[-1])
     full = np.zeros((d + p, d + p))
-    full[d:, d:] = X.T @ (X * w[:, None])
+    full[d:, d:] = X.T @ _weighted(X, w)
     for i, (z, codes, J) in enumerate(core):
         for s in range(z.shape[1]):
             rows = starts[i] + s + z.shape[1] * np.arange(J)
-            wz = w * z[:, s]
+            wz = _weighted(z[:, s], w)
             sums = _core_columns(core[i:], codes, J, wz)
             full[rows, starts[i] : d] = sums.T
             for j in range(p):
@@ -344,6 +369,8 @@ def _core_gram(
 
 
 def _stack(standardised: Standardised, factor: Factor) -> np.ndarray:
+    if len(factor.terms) == 1:
+        return standardised.Z[factor.terms[0]]
     return np.concatenate([standardised.Z[k] for k in factor.terms], axis=1)
 
 
@@ -368,7 +395,7 @@ def crossproducts(
     -----
     O(n (S + d_terms + p) S) time. Rows carry the weight w_i of Var(ε_i) = σ²/w_i.
     """
-    X, y, w = standardised.X, standardised.y, np.asarray(design.weights, float)
+    X, y, w = standardised.X, standardised.y, _weights(design)
     n, p = X.shape
     chain = the_plan.factors[: the_plan.n_chain]
     rest = the_plan.factors[the_plan.n_chain :]
@@ -384,7 +411,7 @@ def crossproducts(
         rhs_i = np.empty((f.S, f.J))
         up_i = [np.empty((f.S, g.S, f.J)) for g in chain[i + 1 :]]
         for s in range(f.S):
-            wz = w * stacked[i][:, s]
+            wz = _weighted(stacked[i][:, s], w)
             for t in range(s, f.S):
                 own_i[s, t] = own_i[t, s] = level_sum(wz * stacked[i][:, t])
             for block, z in zip(up_i, stacked[i + 1 :], strict=True):
@@ -401,7 +428,7 @@ def crossproducts(
         known = None if parents is None else parents[i]
         found = [_parents(codes[f.group], f.J, codes[g.group]) for g in chain[i + 1 :]]
         parent.append(tuple(found if known is None else known))
-    wy = w * y
+    wy = _weighted(y, w)
     core_y = [np.zeros(d + p)]
     if d:
         core_y[0][:d] = _core_columns(core, np.zeros(n, np.int64), 1, wy)[:, 0]
@@ -413,6 +440,6 @@ def crossproducts(
         tuple(border),
         _core_gram(core, X, w),
         np.float64(n),
-        np.float64(-np.sum(np.log(w))),
+        np.float64(0.0 if w is None else -np.sum(np.log(w))),
     )
     return gram, Rhs(tuple(rhs_border), core_y[0], np.float64(y @ wy))

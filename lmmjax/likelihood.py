@@ -112,9 +112,14 @@ def scale_core(layout: Layout, lams: Sequence[jax.Array], a: jax.Array) -> jax.A
     return jnp.concatenate([*parts, a[..., at:]], axis=-1)
 
 
-def _scale_rows(lam: jax.Array, a: jax.Array) -> jax.Array:
+def scale_rows(lam: jax.Array, a: jax.Array) -> jax.Array:
     """Λ' a for blocks (S, ..., J)."""
-    return jnp.einsum("st,s...->t...", lam, a)
+    return jnp.tensordot(lam.T, a, 1)
+
+
+def _scale_both(left: jax.Array, a: jax.Array, right: jax.Array) -> jax.Array:
+    """Λ_i' a Λ_k for blocks (S_i, S_k, J)."""
+    return jnp.swapaxes(scale_rows(right, jnp.swapaxes(scale_rows(left, a), 0, 1)), 0, 1)
 
 
 class _Blocks(NamedTuple):
@@ -131,10 +136,10 @@ def _assemble(lams: Sequence[jax.Array], gram: Gram) -> _Blocks:
     own, up, border = [], [], []
     for i, lam in enumerate(lams):
         eye = jnp.eye(lam.shape[0], dtype=lam.dtype)[..., None]
-        own.append(jnp.einsum("st,suj,uv->tvj", lam, gram.own[i], lam) + eye)
+        own.append(_scale_both(lam, gram.own[i], lam) + eye)
         upper = zip(gram.up[i], lams[i + 1 :], strict=True)
-        up.append([jnp.einsum("st,suj,uv->tvj", lam, a, right) for a, right in upper])
-        border.append(_scale_rows(lam, gram.border[i]))
+        up.append([_scale_both(lam, a, right) for a, right in upper])
+        border.append(scale_rows(lam, gram.border[i]))
     return _Blocks(own, up, border, [jnp.asarray(gram.core)])
 
 
@@ -181,9 +186,16 @@ def _to_parent(parent: jax.Array, values: jax.Array, J: int) -> jax.Array:
     return jnp.zeros((*values.shape[:-1], J), values.dtype).at[..., parent].add(values)
 
 
-def _cross(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a'b per level: (S, m, J), (S, k, J) -> (m, k, J)."""
-    return jnp.einsum("smj,skj->mkj", a, b)
+def per_level(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a'b per level: (S, m, J), (S, k, J) -> (m, k, J). Unrolled over S into one fused loop."""
+    first, *others = (x[:, None] * y[None] for x, y in zip(a, b, strict=True))
+    return sum(others, first)
+
+
+def over_levels(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Sum over levels and S of a'b: (S, m, J), (S, k, J) -> (m, k), as S plain products."""
+    first, *others = (x @ y.T for x, y in zip(a, b, strict=True))
+    return sum(others, first)
 
 
 def _eliminate(
@@ -196,14 +208,14 @@ def _eliminate(
         W_up.append(W[:, at : at + S])
         at += S
     W = W[:, at:]
-    blocks.core[0] = blocks.core[0] - jnp.einsum("smj,skj->mk", W, W)
+    blocks.core[0] = blocks.core[0] - over_levels(W, W)
     for a, (W_k, parent) in enumerate(zip(W_up, gram.parent[i], strict=True)):
         k = i + 1 + a
         J = layout.chain[k][2]
-        blocks.own[k] = blocks.own[k] - _to_parent(parent, _cross(W_k, W_k), J)
-        blocks.border[k] = blocks.border[k] - _to_parent(parent, _cross(W_k, W), J)
+        blocks.own[k] = blocks.own[k] - _to_parent(parent, per_level(W_k, W_k), J)
+        blocks.border[k] = blocks.border[k] - _to_parent(parent, per_level(W_k, W), J)
         for b, W_l in enumerate(W_up[a + 1 :]):
-            blocks.up[k][b] = blocks.up[k][b] - _to_parent(parent, _cross(W_k, W_l), J)
+            blocks.up[k][b] = blocks.up[k][b] - _to_parent(parent, per_level(W_k, W_l), J)
     return U, tuple(W_up), W
 
 
@@ -234,16 +246,16 @@ def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
 def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
     """The row of L for one right-hand side: O(J S m) after the factorisation."""
     c = len(layout.chain)
-    z = [_scale_rows(lam, a) for lam, a in zip(f.lams[:c], rhs.border, strict=True)]
+    z = [scale_rows(lam, a) for lam, a in zip(f.lams[:c], rhs.border, strict=True)]
     core, r2 = rhs.core, rhs.yy
     rows = []
     for i in range(c):
         row = forward_substitute(f.U[i], z[i])
-        core = core - jnp.einsum("smj,sj->m", f.border[i], row)
+        core = core - over_levels(f.border[i], row[:, None])[:, 0]
         r2 = r2 - jnp.sum(row**2)
         for a, (W, parent) in enumerate(zip(f.up[i], gram.parent[i], strict=True)):
             k = i + 1 + a
-            z[k] = z[k] - _to_parent(parent, jnp.einsum("stj,sj->tj", W, row), layout.chain[k][2])
+            z[k] = z[k] - _to_parent(parent, per_level(W, row[:, None])[:, 0], layout.chain[k][2])
         rows.append(row)
     scaled = scale_core(layout, f.lams[c:], core)
     l_y = jax.scipy.linalg.solve_triangular(f.core, scaled, lower=True)
@@ -394,7 +406,7 @@ def ranef(
     known = jnp.concatenate([*[b.T.reshape(-1) for b in core], beta])
     u: dict[int, jax.Array] = {}
     for i in reversed(range(c)):
-        rhs = red.row.chain[i] - jnp.einsum("smj,m->sj", f.border[i], known) + z[i]
+        rhs = red.row.chain[i] - jnp.stack([known @ W for W in f.border[i]]) + z[i]
         for k, (W, parent) in enumerate(zip(f.up[i], gram.parent[i], strict=True)):
             rhs = rhs - jnp.einsum("stj,tj->sj", W, u[i + 1 + k][:, parent])
         u[i] = _backward(f.U[i], rhs)

@@ -44,6 +44,7 @@ def design(terms: list[tuple[str, np.ndarray, int, str]], n: int, p: int, seed: 
         y=y,
         offset=rng.normal(size=n),
         has_offset=True,
+        has_weights=True,
         weights=rng.uniform(0.5, 2, n),
         terms=tuple(made),
         n=n,
