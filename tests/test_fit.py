@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -136,6 +137,31 @@ def test_units_of_a_covariate_do_not_matter(
     np.testing.assert_allclose(other.fitted(), fit.fitted(), rtol=1e-6)
     df = other.coef_table()["df"]["Days"]
     assert df == pytest.approx(fit.coef_table()["df"]["Days"], rel=1e-6)
+
+
+@pytest.mark.parametrize("leading", [1.0, 1e6, 1e12])
+@pytest.mark.parametrize("replicates", [21, 201])
+def test_nist_anova(leading: float, replicates: int) -> None:
+    """NIST StRD SmLs01 to SmLs08: nine levels, values that differ in the last digits only.
+
+    Generated from the published definition (Simon and Lesage 1989). Balanced one-way REML has a
+    closed form, evaluated here in exact arithmetic on the numbers as stored.
+    """
+    level = [0.4, *([0.3, 0.5] * 4)]
+    pattern = [0.0, *([-0.1, 0.1] * (replicates // 2))]
+    y = np.array([[leading + a + e for e in pattern] for a in level])
+    exact = [[Fraction(v) for v in row] for row in y]
+    means = [sum(row) / replicates for row in exact]
+    grand = sum(means) / 9
+    between = replicates * sum((m - grand) ** 2 for m in means) / 8
+    within = sum((v - m) ** 2 for row, m in zip(exact, means, strict=True) for v in row)
+    within /= 9 * (replicates - 1)
+    data = {"y": y.ravel(), "g": np.repeat(np.arange(9), replicates)}
+    fit = lmm.Model("y ~ 1 + (1 | g)", data).fit()
+    variance = fit.varcorr()["vcov"]
+    assert variance[0] == pytest.approx(float((between - within) / replicates), rel=1e-9)
+    assert variance[1] == pytest.approx(float(within), rel=1e-10)
+    assert fit.beta.iloc[0] == pytest.approx(float(grand), rel=1e-15)
 
 
 def test_saddle_at_zero_is_left() -> None:
