@@ -7,8 +7,8 @@ data (levels, polynomials, centres) is kept in a `DesignSpec`, which codes new d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,15 +21,23 @@ from lmmjax.evaluate import (
     Factor,
     Logical,
     Matrix,
-    cross,
-    is_missing,
     to_factor,
 )
-from lmmjax.expr import Call, Name, Node, deparse, names_in, parse_expr
+from lmmjax.expr import Call, Name, Node, deparse, names_in
 from lmmjax.formula import Bar, ParsedFormula, Terms, expand, parse
 from lmmjax.rank import clearly_independent, independent_columns
 from lmmjax.table import Table
 from lmmjax.terms import CONTRASTS, Coding, centrable, encode
+from lmmjax.variables import (
+    Variables,
+    complete_rows,
+    evaluate,
+    evaluated,
+    group_factor,
+    numbers,
+    side_source,
+    side_values,
+)
 
 __all__ = [
     "Design",
@@ -188,9 +196,9 @@ class DesignSpec:
         X = _new_matrix(self.parsed.terms, self.codings, evaluator)
         total = np.zeros(len(table))
         for node in self.parsed.offset_nodes:
-            total = total + _numbers(evaluator, node, "offset")
+            total = total + numbers(evaluator, node, "offset")
         if source is not None:
-            total = total + _side_values(source, evaluator, "offset")
+            total = total + side_values(source, evaluator, "offset")
         return NewDesign(
             X=X if self.keep.all() else X[:, self.keep],
             offset=total,
@@ -205,7 +213,7 @@ class DesignSpec:
                     "found offset= for new data, but the model was fitted without offset=; "
                     "leave it out."
                 )
-            return _side_source(given, "offset", names)
+            return side_source(given, "offset", names)
         if isinstance(self.offset, str):
             raise DataError(
                 "found no offset for new data; the model was fitted with an array as offset=, so "
@@ -341,203 +349,18 @@ def build_design(
     if missing not in ("drop", "raise"):
         raise DataError(f'found missing={missing!r}; expected "drop" or "raise".')
     parsed = parse(formula)
-    raw = _evaluate(parsed, Table(data), weights, offset, safe)
-    keep = _complete_rows(raw, missing)
+    raw = evaluate(parsed, Table(data), weights, offset, safe)
+    keep = complete_rows(raw, missing)
     design = _assemble(parsed, raw.take(keep), {} if contrasts is None else contrasts, safe)
     _check_terms(design)
     return design
 
 
-# Evaluation -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Raw:
-    """Evaluated variables of a training table."""
-
-    response: str
-    rows: pd.Index
-    y: np.ndarray
-    values: dict[str, Any]
-    group_names: tuple[str, ...]
-    groups: tuple[Factor, ...]
-    offset: np.ndarray | None
-    weights: np.ndarray | None
-    offset_source: Any
-    columns: dict[str, pd.Series]
-    raw_fixed: tuple[str, ...]
-    states: dict[str, Any]
-    missing: dict[str, int] = field(default_factory=dict)
-    n_dropped: int = 0
-
-    def take(self, keep: tuple[np.ndarray | None, dict[str, int]]) -> _Raw:
-        """Keep the complete rows and drop unused levels."""
-        mask, missing = keep
-        return replace(
-            self,
-            rows=self.rows if mask is None else self.rows[mask],
-            y=_take(self.y, mask),
-            values={name: _take(value, mask) for name, value in self.values.items()},
-            groups=tuple(group.take(mask) for group in self.groups),
-            offset=_take(self.offset, mask),
-            weights=_take(self.weights, mask),
-            columns=self.columns if mask is None else {k: c[mask] for k, c in self.columns.items()},
-            missing=missing,
-            n_dropped=0 if mask is None else int(mask.size - mask.sum()),
-        )
-
-
-def _take(value: Any, mask: np.ndarray | None) -> Any:
-    if isinstance(value, Factor):
-        return value.take(mask)
-    if value is None or mask is None:
-        return value
-    if isinstance(value, Logical | Matrix):
-        return type(value)(value.values[mask])
-    return value[mask]
-
-
-def _evaluate(parsed: ParsedFormula, table: Table, weights: Any, offset: Any, safe: bool) -> _Raw:
-    w_source = _side_source(weights, "weights", table.names)
-    o_source = _side_source(offset, "offset", table.names)
-    bars = [(bar, expand(bar.expr, parsed.text)) for bar in parsed.bars]
-    random = [node for bar, terms in bars for node in (*terms.nodes, *bar.factors)]
-    nodes = [parsed.response_node, *parsed.terms.nodes, *parsed.offset_nodes, *random]
-    nodes += [source for source in (w_source, o_source) if isinstance(source, Name | Call)]
-    columns = table.read(nodes)
-    ev = Evaluator(columns, len(table), {}, learn=True, safe=safe)
-    values = {deparse(node): ev.variable(node) for node in parsed.terms.nodes}
-    for _, terms in bars:
-        values.update({deparse(n): ev.variable(n) for n in terms.nodes if deparse(n) not in values})
-    offsets = [_numbers(ev, node, "offset") for node in parsed.offset_nodes]
-    if o_source is not None:
-        offsets.append(_side_values(o_source, ev, "offset"))
-    return _Raw(
-        response=parsed.response,
-        rows=table.rows,
-        y=_response(ev, parsed),
-        values=values,
-        group_names=tuple(bar.group for bar in parsed.bars),
-        groups=_all_groups(parsed.bars, ev),
-        offset=np.sum(offsets, axis=0) if offsets else None,
-        weights=None if w_source is None else _side_values(w_source, ev, "weights"),
-        offset_source="array" if isinstance(o_source, np.ndarray) else o_source,
-        columns=columns,
-        raw_fixed=tuple(_columns_of(parsed.terms.nodes, columns)),
-        states=ev.states,
-    )
-
-
-def _columns_of(nodes: Iterable[Node], columns: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the columns that the expressions read, once each."""
-    seen = dict.fromkeys(name.id for node in nodes for name in names_in(node))
-    yield from (name for name in seen if name in columns)
-
-
-def _all_groups(bars: tuple[Bar, ...], ev: Evaluator) -> tuple[Factor, ...]:
-    """Code each distinct grouping factor once."""
-    made: dict[str, Factor] = {}
-    for bar in bars:
-        if bar.group not in made:
-            made[bar.group] = _group(bar, ev)
-    return tuple(made[bar.group] for bar in bars)
-
-
-def _group(bar: Bar, ev: Evaluator) -> Factor:
-    return cross([ev.factor(node) for node in bar.factors], bar.group)
-
-
-def _response(ev: Evaluator, parsed: ParsedFormula) -> np.ndarray:
-    value = ev.variable(parsed.response_node)
-    if isinstance(value, Factor):
-        raise DataError(
-            f"found text or a categorical as response {parsed.response}; expected numbers."
-        )
-    if isinstance(value, Matrix):
-        raise DataError(f"found several columns as response {parsed.response}; expected one.")
-    return value.values if isinstance(value, Logical) else value
-
-
-def _numbers(ev: Evaluator, node: Node, what: str) -> np.ndarray:
-    value = np.asarray(ev.numeric(node), float)
-    if value.shape not in ((), (ev.n,)):
-        raise DataError(f"found several columns as {what}; expected one number a row.")
-    return np.broadcast_to(value, (ev.n,))
-
-
-def _side_source(given: Any, what: str, names: list[str]) -> Any:
-    """Turn ``weights=`` or ``offset=`` into an expression, an array or None."""
-    if given is None:
-        return None
-    if isinstance(given, str):
-        is_name = given in names or not any(c in given for c in "()*/^`")
-        return Name(given) if is_name else parse_expr(given)
-    array = np.asarray(given.to_numpy() if hasattr(given, "to_numpy") else given)
-    if array.ndim != 1 or array.dtype.kind not in "biufO":
-        raise DataError(
-            f"found {type(given).__name__} as {what}; expected a column name or one number a row."
-        )
-    return pd.to_numeric(pd.Series(array)).to_numpy(np.float64, na_value=np.nan, copy=True)
-
-
-def _side_values(source: Any, ev: Evaluator, what: str) -> np.ndarray:
-    if not isinstance(source, np.ndarray):
-        return _numbers(ev, source, what)
-    if source.size != ev.n:
-        raise DataError(
-            f"found {source.size} values in {what} and {ev.n} rows in the table; give one per row."
-        )
-    return source
-
-
-# Missing values -------------------------------------------------------------------------------
-
-
-def _complete_rows(raw: _Raw, option: str) -> tuple[np.ndarray | None, dict[str, int]]:
-    """Return the mask of complete rows (None if all are) and the counts by variable."""
-    dropped = np.zeros(len(raw.rows), bool)
-    counts: dict[str, int] = {}
-    for name, series in raw.columns.items():
-        _count(counts, dropped, name, series.isna().to_numpy())
-    # Values that only arise in evaluation: log of a negative number, or arrays given beside.
-    before = dropped.copy()
-    for name, value in _evaluated(raw):
-        _count(counts, dropped, name, is_missing(value) & ~before)
-    if counts and option == "raise":
-        shown = ", ".join(f"{name} ({count})" for name, count in counts.items())
-        raise DataError(
-            f'found missing values in {int(dropped.sum())} rows: {shown}; missing="raise" expects '
-            'none. Fill or remove them, or use missing="drop".'
-        )
-    if dropped.all():
-        shown = ", ".join(f"{name} ({count})" for name, count in counts.items())
-        detail = f" (missing values: {shown})" if counts else ""
-        raise DesignError(f"found no complete row in {dropped.size} rows{detail}; check the data.")
-    return (~dropped if counts else None), counts
-
-
-def _evaluated(raw: _Raw) -> Iterator[tuple[str, Any]]:
-    yield raw.response, raw.y
-    yield from raw.values.items()
-    yield from dict(zip(raw.group_names, raw.groups, strict=True)).items()
-    if raw.offset is not None:
-        yield "offset", raw.offset
-    if raw.weights is not None:
-        yield "weights", raw.weights
-
-
-def _count(counts: dict[str, int], dropped: np.ndarray, name: str, rows: np.ndarray) -> None:
-    number = int(np.count_nonzero(rows))
-    if number:
-        counts[name] = counts.get(name, 0) + number
-        dropped |= rows
-
-
 # Coding ---------------------------------------------------------------------------------------
 
 
-def _assemble(parsed: ParsedFormula, raw: _Raw, contrasts: Any, safe: bool) -> Design:
-    for name, value in _evaluated(raw):
+def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool) -> Design:
+    for name, value in evaluated(raw):
         _check_finite(value, name)
     n = len(raw.rows)
     fixed = _codings(parsed.terms, raw.values, _check_contrasts(contrasts, parsed, raw.values))
@@ -656,7 +479,7 @@ def _array(value: Any) -> np.ndarray:
     return value.values if isinstance(value, Matrix) else value
 
 
-def _raw_levels(raw: _Raw) -> dict[str, tuple[str, ...] | None]:
+def _raw_levels(raw: Variables) -> dict[str, tuple[str, ...] | None]:
     """Levels of the raw columns of the fixed part, for reference grids."""
     n = len(raw.rows)
     ev = Evaluator(raw.columns, n, {}, learn=False, safe=True)
@@ -719,7 +542,7 @@ def _match(factor: Factor, levels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _new_term(spec: RandomSpec, ev: Evaluator) -> NewTerm:
-    factor = _group(spec.bar, ev)
+    factor = group_factor(spec.bar, ev)
     place = pd.Index(spec.levels).get_indexer(pd.Index(factor.levels)).astype(np.int32)
     codes = np.append(place, np.int32(-1))[factor.codes]
     labels = np.append(factor.levels, np.array(["NA"], dtype=object))[factor.codes]

@@ -273,8 +273,8 @@ class Model:
         return fit_model(self, check_method(method), df=df, optimizer=optimizer, start=start)
 
     def sample(self, method: str = "nuts", **options: Any) -> Posterior:
-        """Draw from the posterior; see :func:`lmmjax.bayes.posterior.sample_model`."""
-        from lmmjax.bayes.posterior import sample_model
+        """Draw from the posterior; see :func:`lmmjax.bayes.sample.sample_model`."""
+        from lmmjax.bayes.sample import sample_model
 
         return sample_model(self, method=method, **options)
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import lmmjax as lmm
-from lmmjax.comparison import concordance, interval_overlap
+from lmmjax.agreement import concordance, interval_overlap
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
