@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import estimate, tables
+from lmmjax.buckets import with_dummies
 from lmmjax.derivatives import is_approximate
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
 from lmmjax.gram import Rhs
@@ -480,8 +481,9 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
     check_identifiable(model.design)
     df = check_df(df) if df is not None else ("satterthwaite" if model.is_mixed else "residual")
     key, name = _optimizer_key(optimizer)
-    the_gram, rhs = model._on_device
-    layout, units = model._plan.layout, model._units
+    layout, the_gram, rhs = model._padded
+    units, p = model._units, model.design.p
+    the_gram = with_dummies(the_gram, layout.p - p, method)
     theta0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
     best, est = jax.device_get(
@@ -507,8 +509,8 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
         gradient=_frozen(np.array(best.gradient, float)),
         _theta_s=theta_s,
         _curvature_s=hessian,
-        _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float),
-        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float) @ units.A.T,
+        _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float)[:p],
+        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float)[:p, :p] @ units.A.T,
     )
     if not converged:
         warnings.warn(fit.message, ConvergenceWarning, stacklevel=4)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax import derivatives, gram, start
+from lmmjax import buckets, derivatives, gram, start
 from lmmjax import likelihood as lk
 from lmmjax.design import Design, build_design
 from lmmjax.errors import DataError, DesignError, FormulaError
-from lmmjax.gram import Gram, Rhs
+from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import require_float64
 
 if TYPE_CHECKING:
@@ -181,8 +181,17 @@ class Model:
         """:meth:`_arrays` as JAX arrays; for use inside ``float64()`` only."""
         return jax.tree.map(jnp.asarray, self._arrays())
 
+    @cached_property
+    def _padded(self) -> tuple[Layout, Gram, Rhs]:
+        """What is fitted: shapes rounded up to buckets (buckets.py); as ``_on_device``."""
+        layout, the_gram, rhs = buckets.pad(self._plan.layout, *self._arrays())
+        if layout == self._plan.layout:
+            return (layout, *self._on_device)
+        return (layout, *jax.tree.map(jnp.asarray, (the_gram, rhs)))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_on_device"}
+        arrays = ("_on_device", "_padded")
+        return {k: v for k, v in self.__dict__.items() if k not in arrays}
 
     @property
     def _plan(self) -> gram.Plan:
