@@ -22,6 +22,7 @@ from lmmjax.gram import Rhs
 from lmmjax.optimize import CONVERGED, FLAT_STOP, STATUS, newton_decrement
 from lmmjax.precision import in_float64
 from lmmjax.simulate import simulate
+from lmmjax.threads import SMALL, one_blas_thread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,7 +194,8 @@ class Fit:
         if not is_approximate(layout):
             return self._curvature_s
         the_gram, rhs = self.model._on_device
-        return np.asarray(estimate.hessian(layout, self.method, self._theta_s, the_gram, rhs))
+        with one_blas_thread():
+            return np.asarray(estimate.hessian(layout, self.method, self._theta_s, the_gram, rhs))
 
     @cached_property
     @in_float64
@@ -486,9 +488,10 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
     the_gram = with_dummies(the_gram, layout.p - p, method)
     theta0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
-    best, est = jax.device_get(
-        estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
-    )
+    with one_blas_thread(layout.d + layout.p >= SMALL):
+        best, est = jax.device_get(
+            estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
+        )
     seconds = time.perf_counter() - began
     theta_s, hessian = np.asarray(best.theta, float), np.asarray(best.hessian, float)
     boundary = _boundary(model, theta_s)
