@@ -24,7 +24,6 @@ import numpy as np
 
 from lmmjax import cross
 from lmmjax.covariance import Covariance, covariance
-from lmmjax.cross import Cross
 from lmmjax.errors import DesignError
 
 # -------------------------------------------------------------------------------------------------
@@ -332,7 +331,7 @@ class Gram(NamedTuple):
     core: Any  # (d + p, d + p)
     n: Any  # rows, ()
     logdet_R: Any  # log det of the residual correlation / precision weights, ()
-    cross: Cross | None = None
+    cross: Any = None  # Cross, in a sparse layout
 
 
 class Rhs(NamedTuple):

@@ -1,9 +1,9 @@
 """One BLAS thread during a fit.
 
 The factorisations of a crossed core are too small for many threads to pay, and beside other work
-OpenBLAS threads wait for each other: InstEval was six times slower beside one busy process. Compiled
-code calls SciPy's OpenBLAS, whose threads are those of the whole process, so the limit is counted:
-the first fit that enters sets it, the last one that leaves restores what was there.
+OpenBLAS threads wait for each other: InstEval was six times slower beside one busy process.
+Compiled code calls SciPy's OpenBLAS, whose threads are those of the whole process, so the limit is
+counted: the first fit that enters sets it, the last one that leaves restores what was there.
 """
 
 from __future__ import annotations
