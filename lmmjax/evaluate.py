@@ -19,6 +19,7 @@ import pandas as pd
 from lmmjax.errors import DataError, FormulaError
 from lmmjax.expr import Call, Name, Node, Number, Text, deparse
 from lmmjax.transforms import STATEFUL, SUMMARIES
+from lmmjax.values import Values
 
 __all__ = ["FACTOR_CALLS", "Evaluator", "Factor", "Logical", "Matrix", "cross", "to_factor"]
 
@@ -449,7 +450,7 @@ class Evaluator:
             raise FormulaError(f"found {text}; the first argument must be one numeric column.")
         if self.learn and text not in self.states:
             args, keys = self._arguments(node, node.args[1:])
-            self.states[text] = _guard(node, lambda: transform.fit(x, *args, **keys))
+            self.states[text] = _guard(node, lambda: transform.fit(Values(x), *args, **keys))
         result = transform.apply(x, self.states[text])
         return Matrix(result) if result.ndim == 2 else result
 
@@ -457,7 +458,7 @@ class Evaluator:
         text = deparse(node)
         if self.learn and text not in self.states:
             x = np.asarray(self.numeric(self._only(node)), float)
-            self.states[text] = float(SUMMARIES[node.fn](x[~np.isnan(x)]))
+            self.states[text] = float(SUMMARIES[node.fn](Values(x)))
         return self.states[text]
 
     def _ifelse(self, node: Call) -> np.ndarray:
