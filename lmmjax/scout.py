@@ -152,9 +152,12 @@ def scout(
     for depth in range(1, last + 1):
         now = {key for key, d in depths.items() if d == depth}
         work = _Round(learned, source, now & set(stateful), now & set(leaves), depth == last)
-        for batch in source.batches(columns, rows):
-            work.read(batch, stateful)
-        learned = work.learn(stateful, factors)
+        try:
+            for batch in source.batches(columns, rows):
+                work.read(batch, stateful)
+            learned = work.learn(stateful, factors)
+        finally:
+            work.close()
     return Scouted(learned, work.sample.batches, work.parents(), work.rows)
 
 
@@ -253,6 +256,11 @@ class _Round:
             self._read_groups(ev, codes, complete)
             self.sample.take(batch, complete)
         self.rows += batch.num_rows
+
+    def close(self) -> None:
+        """Give the temporary files back."""
+        for spool in self.spools.values():
+            spool.close()
 
     def _evaluator(self, batch: pa.RecordBatch) -> StreamEvaluator:
         """Evaluate with what is known; factors not known yet have the levels of the batch."""

@@ -338,23 +338,23 @@ def build_streamed(
     if not found.sample:
         counts = _missing_alone(found.learned, table, rows)
         refuse_empty(found.rows, counts)
-    first_counts: Counts | None = None
+    first: Counts | None = None
+    constant = True
     while True:
-        encoder = make_encoder(found, contrasts or {})
+        encoder = make_encoder(found, contrasts or {}, constant)
         sums = _sum(encoder, table, rows)
-        first_counts = first_counts or sums.counts
-        if missing == "raise":
-            refuse_missing(found.rows - sums.counts.complete, sums.counts.missing)
-        if not sums.counts.complete:
-            refuse_empty(found.rows, sums.counts.missing)
-        if _same_levels(found.learned, sums.counts):
+        first = first or sums.counts
+        _check_counts(found, sums.counts, encoder, missing)
+        if not _same_levels(found.learned, sums.counts):
+            learned = found.learned.with_used(sums.counts.leaves, sums.counts.crosses)
+            found = dataclasses.replace(found, learned=learned)
+            continue
+        keep = _keep(encoder, sums, table, rows)
+        if keep[encoder.rough.x.a != 0.0].all():
             break
-        learned = found.learned.with_used(sums.counts.leaves, sums.counts.crosses)
-        found = dataclasses.replace(found, learned=learned)
-    _check_counts(found, sums.counts, encoder, parsed)
-    keep = _keep(encoder, sums, table, rows)
+        constant = False  # the columns that add up to 1 are not all kept: do without shifts
     standard = exact(sums.totals, encoder.plan, encoder.rough, keep, _parents(found, encoder))
-    design = _labels(encoder, keep, first_counts, sums.counts)
+    design = _labels(encoder, keep, first, sums.counts)
     for term, spec in zip(design.terms, encoder.random, strict=True):
         if len(term.levels) < 2:
             ds.refuse_one_level(term, spec)
@@ -392,20 +392,26 @@ def _same_levels(learned: Learned, counts: Counts) -> bool:
     return leaves and all(np.array_equal(v[-1].used, counts.crosses[k]) for k, v in crosses)
 
 
-def _check_counts(found: Scouted, counts: Counts, encoder: Encoder, parsed: ParsedFormula) -> None:
+def _check_counts(found: Scouted, counts: Counts, encoder: Encoder, missing: str) -> None:
+    """Refuse a source that changed, missing values, an empty table and a constant response."""
     if counts.rows != found.rows:
         raise DataError(
             f"found {found.rows} rows in the first pass over the source and {counts.rows} in the "
             "second; expected the same table each time. Give a source that can be read again."
         )
+    if missing == "raise":
+        refuse_missing(found.rows - counts.complete, counts.missing)
+    if not counts.complete:
+        refuse_empty(found.rows, counts.missing)
     if counts.differing == 0:
+        response = found.learned.parsed.response
         raise DataError(
-            f"found a constant response ({parsed.response}: {encoder.first:g} in all "
+            f"found a constant response ({response}: {encoder.first:g} in all "
             f"{counts.complete} rows); expected numbers that vary. Check the column."
         )
 
 
-def make_encoder(found: Scouted, contrasts: Mapping[str, str]) -> Encoder:
+def make_encoder(found: Scouted, contrasts: Mapping[str, str], constant: bool) -> Encoder:
     """Choose codings, shifts and the order of elimination from what the first pass found."""
     learned, parsed = found.learned, found.learned.parsed
     reads = [read for batch in found.sample if (read := _read(learned, batch)).n]
@@ -422,7 +428,7 @@ def make_encoder(found: Scouted, contrasts: Mapping[str, str]) -> Encoder:
     plan = arrange(terms, len(labels.names), lambda child, parent: (child, parent) in nested)
     rough = rough_units(
         sample,
-        _constant(parsed.terms, fixed, labels.assign),
+        _constant(parsed.terms, fixed, labels.assign) * constant,
         [0 if r.terms.intercept else None for r in random],
         [r.bar.cov for r in random],
     )
@@ -455,13 +461,11 @@ def _stack(parts: list[Columns]) -> Columns:
 
 
 def _constant(terms: Terms, fixed: Mapping[str, Coding], assign: Array) -> Array:
-    """Coefficients a with X a = 1: the intercept, or the dummies of the first term."""
-    a = np.zeros(len(assign))
+    """Coefficients a with X a = 1: the intercept, or the dummies of a term."""
     if terms.intercept:
-        a[0] = 1.0
-    elif len(assign) and spanning_term(terms, fixed) == 0:
-        a[assign == 1] = 1.0
-    return a
+        return (assign == 0).astype(float)
+    position = spanning_term(terms, fixed)
+    return (assign == (-1 if position is None else position + 1)).astype(float)
 
 
 def _keep(encoder: Encoder, sums: Sums, table: Source, rows: int) -> Array:

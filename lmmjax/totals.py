@@ -57,13 +57,15 @@ class Shift:
     def moved(self, sums: Array, squares: Array, n: int, hom: bool = False) -> tuple[Shift, Array]:
         """Return the exact shift, given sums over the columns shifted so far, and the map T."""
         shifted = (self.a == 0.0) & bool(self.a.any())
-        mean = np.where(shifted, sums / n, 0.0)
-        size = np.sqrt(np.maximum(squares / n - mean**2, 0.0))
+        # The new mean as a float: what is undone later must be what was done, to the last bit
+        total = self.mean + self.size * np.where(shifted, sums / n, 0.0)
+        mean = (total - self.mean) / self.size
+        size = np.sqrt(np.maximum(squares / n - (2 * sums / n - mean) * mean, 0.0))
         size = np.where(size > 0, size, 1.0 / self.size)
         if hom:
             size = np.full(len(size), (size * self.size).mean()) / self.size
         T = shift_matrix(self.a * self.size, mean, size)
-        return Shift(self.a, self.mean + self.size * mean, self.size * size), T
+        return Shift(self.a, total, self.size * size), T
 
     @property
     def matrix(self) -> Array:

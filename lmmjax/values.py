@@ -104,6 +104,10 @@ class Spool(Values):
         self._file.write(kept.data)
         self._count += kept.size
 
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.close()
+
     @property
     def size(self) -> int:
         """Number of values."""
