@@ -414,6 +414,8 @@ class _Sample:
     def take(self, batch: pa.RecordBatch, complete: Array | None) -> None:
         """Take in one batch."""
         rows = np.arange(batch.num_rows) if complete is None else np.flatnonzero(complete)
+        if self.seen == 0:
+            self.step = max(1, rows.size // SAMPLE)
         number = np.arange(self.seen, self.seen + rows.size)
         self.seen += rows.size
         mine = number % self.step == 0

@@ -23,7 +23,7 @@ from lmmjax.errors import DataError
 __all__ = ["ROWS", "Source", "open_source", "to_series"]
 
 #: rows of a batch, at most: bounds the memory, and amortises what a batch costs
-ROWS = 1 << 19
+ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,30 @@ class Source:
         return list(self.schema.names)
 
     def batches(self, columns: list[str], rows: int = ROWS) -> Iterator[pa.RecordBatch]:
-        """Yield batches of at most `rows` rows with these columns."""
+        """Yield batches of `rows` rows (the last one of fewer) with these columns."""
+        waiting: list[pa.RecordBatch] = []
+        held = 0
         for batch in self.stream(columns, rows):
             for start in range(0, batch.num_rows, rows):
-                yield batch.slice(start, rows)
+                waiting.append(batch.slice(start, rows))
+                held += waiting[-1].num_rows
+                if held >= rows:
+                    whole = _join(waiting)
+                    yield whole.slice(0, rows)
+                    waiting, held = [whole.slice(rows)], held - rows
+        if held:
+            yield _join(waiting)
+
+
+def _join(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """Put batches together; what the engine makes is often small."""
+    parts = [batch for batch in batches if batch.num_rows]
+    if len(parts) == 1:
+        return parts[0]
+    table = pa.Table.from_batches(parts)
+    if any(pa.types.is_dictionary(kind) for kind in table.schema.types):
+        table = table.unify_dictionaries()
+    return table.combine_chunks().to_batches()[0]
 
 
 def open_source(source: Any) -> Source:

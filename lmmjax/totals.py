@@ -284,17 +284,13 @@ def exact(
     for i, arrays in enumerate(totals.levels):
         U = blocks[i]
         first, *ups, edge, zy = arrays
-        own.append(np.einsum("as,abj,bt->stj", U, first, U, optimize=True))
-        up.append(
-            tuple(
-                np.einsum("as,abj,bt->stj", U, block, V, optimize=True)
-                for block, V in zip(ups, blocks[i + 1 : len(totals.levels)], strict=True)
-            )
-        )
-        zy = zy + np.einsum("apj,p->aj", edge[:, at], g)
+        own.append(_both(U, first, U))
+        others = blocks[i + 1 : len(totals.levels)]
+        up.append(tuple(_both(U, block, V) for block, V in zip(ups, others, strict=True)))
+        zy = zy + np.tensordot(edge[:, at], g, axes=(1, 0))
         rhs_border.append(U.T @ zy / size)
         edge = edge if len(columns) == edge.shape[1] else edge[:, columns]
-        border.append(np.einsum("as,abj,bt->stj", U, edge, M, optimize=True))
+        border.append(_both(U, edge, M))
         arrays.clear()
     chain = plan.factors[: plan.n_chain]
     parent = tuple(
@@ -310,6 +306,11 @@ def exact(
     final = Plan(replace(layout, p=len(kept)), plan.factors)
     sums = Gram(tuple(own), tuple(up), parent, tuple(border), core, f["n"], f["logdet_R"])
     return final, units, sums, Rhs(tuple(rhs_border), core_y, np.float64(yy / size**2))
+
+
+def _both(left: Array, block: Array, right: Array) -> Array:
+    """left' block right for each level, (S, m, J)."""
+    return np.tensordot(left.T, np.matmul(right.T, block), axes=1)
 
 
 def _fit(f: dict[str, Array], d: int, kept: Array, rough: Rough) -> Array:
