@@ -138,7 +138,9 @@ def report(results: dict[str, dict[str, float]]) -> None:
     for name, r in results.items():
         print(f"{name:42} {r['seconds']:7.2f} s {r['cpu']:7.1f} CPU-s {r['peak']:7.0f} MB peak")
     mine = results["lmmjax"]
-    print(f"of ours, sums alone {mine['peak_sums']:.0f} MB; fit {mine['fit']:.2f} s with compilation")
+    print(
+        f"of ours, sums alone {mine['peak_sums']:.0f} MB; fit {mine['fit']:.2f} s with compilation"
+    )
     for name in QUERIES:
         print(f"ours / {name}: {mine['seconds'] / results[name]['seconds']:.2f}")
 

@@ -187,12 +187,12 @@ def _polars(frame: Any) -> Source:
 
 
 def _spark(frame: Any) -> Source:
-    from lmmjax.spark import arrow_batches, arrow_schema
+    from lmmjax.spark import arrow_batches, arrow_schema, distributed
 
     def stream(columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         yield from arrow_batches(frame, columns)
 
-    return Source(arrow_schema(frame), stream, frame)
+    return Source(arrow_schema(frame), stream, frame, distributed=distributed(frame))
 
 
 def _c_stream(source: Any) -> Source:

@@ -148,7 +148,7 @@ class Encoder:
         return Sums(empty_totals(self.plan), Counts.none(self.learned))
 
     def sum(self, batches: Iterator[pa.RecordBatch]) -> Sums:
-        """Sum over batches; sums of parts of a table add (`Sums.add`)."""
+        """Sum over batches; those of parts of a table add."""
         sums = self.empty()
         for batch in batches:
             read = self.read(batch)
@@ -274,17 +274,6 @@ class Counts:
             self.leaves[key][codes[codes >= 0] if codes.size and codes.min() < 0 else codes] = True
         for key, codes in read.combinations.items():
             self.crosses[key][codes] = True
-
-    def merge(self, other: Counts) -> None:
-        """Add the counts of another part of the table."""
-        self.rows += other.rows
-        self.complete += other.complete
-        self.differing += other.differing
-        for name, count in other.missing.items():
-            self.missing[name] = self.missing.get(name, 0) + count
-        for mine, theirs in ((self.leaves, other.leaves), (self.crosses, other.crosses)):
-            for key, used in theirs.items():
-                mine[key] |= used
 
 
 @dataclass
