@@ -153,8 +153,11 @@ def _dataset(source: Any, native: Any) -> Source:
         raise DataError(f"found {type(native).__name__} as source; expected a pyarrow dataset.")
 
     def stream(columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-        # Little readahead: by default the scanner runs so far ahead that memory grows with the file
-        options = {"batch_readahead": 2, "fragment_readahead": 1, "cache_metadata": False}
+        # By default the scanner buffers whole files and runs far ahead of its reader
+        options: dict[str, Any] = {"batch_readahead": 4, "fragment_readahead": 1}
+        if isinstance(source, ds.FileSystemDataset) and source.format.default_extname == "parquet":
+            parquet = ds.ParquetFragmentScanOptions(pre_buffer=False)
+            options |= {"fragment_scan_options": parquet, "cache_metadata": False}
         yield from source.to_batches(columns=columns, batch_size=rows, **options)
 
     return Source(source.schema, stream, native)
