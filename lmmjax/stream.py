@@ -413,8 +413,12 @@ def make_encoder(found: Scouted, contrasts: Mapping[str, str], constant: bool) -
     labels = encode(parsed.terms, fixed, reads[0].arrays, reads[0].n)
     sample = _stack([_columns(parsed, fixed, random, read) for read in reads])
     terms = tuple(StreamedTerm(r.bar.group, r.names, r.bar.cov, r.levels) for r in random)
-    nested = found.parents
-    plan = arrange(terms, len(labels.names), lambda child, parent: (child, parent) in nested)
+    plan = arrange(
+        terms,
+        len(labels.names),
+        nested=lambda child, parent: (child, parent) in found.parents,
+        sparse=lambda chain, core: False,  # which entries there are is not known beforehand
+    )
     rough = rough_units(
         sample,
         _constant(parsed.terms, fixed, labels.assign) * constant,

@@ -100,8 +100,8 @@ def _unknown(name: str, names: list[str], what: str) -> str:
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     close = close or [c for c in names if c.lower() == name.lower()]
     shown = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
-    hint = f"did you mean {' or '.join(close)}?" if close else f"its columns are {shown}."
-    return f"found no column {deparse(Name(name))} in {what}; {hint}"
+    hint = f" Did you mean {' or '.join(close)}?" if close else " Check the spelling."
+    return f"found no column {deparse(Name(name))} in {what}; expected one of {shown}.{hint}"
 
 
 def _open(data: Any, what: str) -> Any:
