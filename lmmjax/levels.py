@@ -2,8 +2,8 @@
 
 While a source is read for the first time, a `Gathering` numbers the distinct values of a column as
 they arrive. `Gathering.freeze` puts them in the order that an in-memory factor has (categories in
-theirs, other values sorted) and makes `Levels`, which code every later batch alike. A combination of
-factors (``a:b``) is gathered as the integers that `pair` makes of the codes of its parts.
+theirs, other values sorted) and makes `Levels`, which code every later batch alike. A combination
+of factors (``a:b``) is gathered as the integers that `pair` makes of the codes of its parts.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ class Model:
         Notes
         -----
         Each step of transforms upon transforms (``poly(scale(x), 2)``) costs one more pass, and so
-        do nearly dependent columns of X. Quantiles (``bs``, ``ns``, ``median``) spool their argument
-        to a temporary file, 8 bytes a row.
+        do nearly dependent columns of X. Transforms that learn (``scale``, ``poly``, ``bs`` ...)
+        spool their argument to a temporary file, 8 bytes a row.
 
         Examples
         --------

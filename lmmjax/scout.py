@@ -141,7 +141,7 @@ def scout(
     nodes = all_nodes(parsed, weights, offset)
     columns = _wanted(source, nodes)
     text = {n for n in columns if _is_factor_type(source.schema.field(n).type)}
-    factors = _factor_nodes(parsed, nodes, columns, text)
+    factors = _factor_nodes(parsed, text)
     leaves = {deparse(base_of(node)): base_of(node) for node in factors.values()}
     leaves |= _flags(parsed, source, columns)
     learned = Learned(parsed, tuple(columns), weights, offset, safe, leaves)
@@ -177,17 +177,15 @@ def _is_factor_type(kind: pa.DataType) -> bool:
     )
 
 
-def _factor_nodes(
-    parsed: ParsedFormula, nodes: list[Node], columns: list[str], text: set[str]
-) -> dict[str, Node]:
+def _factor_nodes(parsed: ParsedFormula, text: set[str]) -> dict[str, Node]:
     """Every factor of the formula by its text: text columns, calls, grouping variables."""
     found: dict[str, Node] = {}
     groups = [resolve(node) for bar in parsed.bars for node in bar.factors]
     random = [node for bar in parsed.bars for node in expand(bar.expr, parsed.text).nodes]
     for node in [*parsed.terms.nodes, *random, *groups]:
-        names = (Name(n.id) for n in names_in(node) if n.id in text)
-        for factor in (*names, *factor_calls([node])):
-            found[deparse(factor)] = factor
+        columns_in = [Name(n.id) for n in names_in(node) if n.id in text]
+        found |= {deparse(name): name for name in columns_in}
+        found |= {deparse(call): call for call in factor_calls([node])}
     return found | {deparse(node): node for node in groups}
 
 
@@ -266,10 +264,13 @@ class _Round:
         """Evaluate with what is known; factors not known yet have the levels of the batch."""
         learned = self.learned
         columns = {name: to_series(batch.column(name)) for name in learned.columns}
-        known = (learned.leaves, learned.nodes, learned.factors, {})
-        return StreamEvaluator(columns, batch.num_rows, learned.states, learned.safe, *known)
+        leaves, nodes, factors = learned.leaves, learned.nodes, learned.factors
+        n = batch.num_rows
+        return StreamEvaluator(columns, n, learned.states, learned.safe, leaves, nodes, factors, {})
 
-    def _read_groups(self, ev: StreamEvaluator, codes: dict[str, Array], complete: Array) -> None:
+    def _read_groups(
+        self, ev: StreamEvaluator, codes: dict[str, Array], complete: Array | None
+    ) -> None:
         ids = {}
         for name, parts in self.groups.items():
             part = [codes[k] if k in codes else ev.leaf_codes(k) for k in parts]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def open_source(source: Any) -> Source:
     if package == "narwhals":
         return open_source(source.to_native())
     if isinstance(source, str | os.PathLike | list | tuple):
-        return _dataset(_files(source), source)
+        return _parquet(_files(source), source)
     if package == "pyarrow":
         return _dataset(source, source)
     opener = {"polars": _polars, "pyspark": _spark}.get(package)
@@ -132,7 +133,7 @@ def _files(source: Any) -> list[str]:
     """Expand patterns and folders to the paths of Parquet files."""
     given = [source] if isinstance(source, str | os.PathLike) else list(source)
     paths: list[str] = []
-    for one in map(os.fspath, given):
+    for one in (os.fspath(path) for path in given):
         found = sorted(glob.glob(one, recursive=True)) if not Path(one).exists() else [one]
         if not found:
             raise DataError(f"found no file {one!r}; expected a Parquet file, folder or pattern.")
@@ -142,12 +143,40 @@ def _files(source: Any) -> list[str]:
     return paths
 
 
+def _parquet(paths: list[str], native: Any) -> Source:
+    """Read files one after the other; a dataset's scanner would run far ahead of its reader."""
+    import pyarrow.dataset as ds
+    import pyarrow.parquet as pq
+
+    schema = ds.dataset(paths, format="parquet").schema
+
+    def stream(columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+        kinds = pa.schema([schema.field(name) for name in columns])
+
+        def read() -> Iterator[pa.RecordBatch]:
+            for path in paths:
+                with pq.ParquetFile(path, pre_buffer=False) as file:
+                    for batch in file.iter_batches(rows, columns=columns):
+                        yield batch.select(columns).cast(kinds)
+
+        yield from _one_ahead(read())
+
+    return Source(schema, stream, native)
+
+
+def _one_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Read the next batch in another thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(next, batches, None)
+            yield batch
+
+
 def _dataset(source: Any, native: Any) -> Source:
     import pyarrow.dataset as ds
 
-    if isinstance(source, list):
-        source = ds.dataset(source, format="parquet")
-    elif isinstance(source, pa.Table | pa.RecordBatch):
+    if isinstance(source, pa.Table | pa.RecordBatch):
         source = ds.InMemoryDataset(source)
     if not isinstance(source, ds.Dataset):
         raise DataError(f"found {type(native).__name__} as source; expected a pyarrow dataset.")

@@ -1,9 +1,9 @@
 """Cross-products on a Spark cluster: each partition is coded and summed where it lies.
 
 The first pass streams the columns of the model past the driver, partition by partition. The second
-runs the same `lmmjax.stream.Encoder` under ``mapInArrow`` on the workers, which need lmmjax installed;
-each yields its sums as rows of 16 numbers under the key (part, row, block), and Spark adds them by
-key. Only sums, as many as the model has levels, reach the driver.
+runs the same `lmmjax.stream.Encoder` under ``mapInArrow`` on the workers, which need lmmjax
+installed; each yields its sums as rows of 16 numbers under the key (part, row, block), and Spark
+adds them by key. Only sums, as many as the model has levels, reach the driver.
 """
 
 from __future__ import annotations

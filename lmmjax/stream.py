@@ -1,9 +1,9 @@
 """A model of a table larger than memory: two passes over its batches, then nothing of size n.
 
 The first pass (`lmmjax.scout`) learns levels and states, the second codes each batch as
-`DesignSpec.new` would and sums its products (`lmmjax.totals`). The result is what an in-memory model
-keeps: labels, a `DesignSpec` for new data, units and cross-products. A further pass is made only
-where columns of X are nearly dependent, or where a level turns out to have no complete row.
+`DesignSpec.new` would and sums its products (`lmmjax.totals`). The result is what an in-memory
+model keeps: labels, a `DesignSpec` for new data, units and cross-products. A further pass is made
+only where columns of X are nearly dependent, or where a level turns out to have no complete row.
 """
 
 from __future__ import annotations

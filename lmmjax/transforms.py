@@ -1,10 +1,10 @@
 """Transforms that learn from the training data: poly, scale, center, bs, ns.
 
 Each is a pair: ``fit_*(values, ...)`` returns a small state of plain numbers, ``apply_*(x, state)``
-the columns; `Values` may be a column in memory or one that was streamed past. The columns equal those of R's `poly`, `scale`, `splines::bs` and `splines::ns`, signs
-included. Missing values are left out of the state and stay missing in the columns. Polynomials and
-B-splines are evaluated by formulaic; natural splines, which it lacks with R's knots and signs, stand
-on SciPy's B-splines.
+the columns; `Values` may be a column in memory or one that was streamed past. The columns equal
+those of R's `poly`, `scale`, `splines::bs` and `splines::ns`, signs included. Missing values are
+left out of the state and stay missing in the columns. Polynomials and B-splines are evaluated by
+formulaic; natural splines, which it lacks with R's knots and signs, stand on SciPy's B-splines.
 
 References
 ----------
