@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -587,10 +587,15 @@ def _check_weights(weights: np.ndarray, rows: pd.Index) -> None:
 def _check_terms(design: Design) -> None:
     for term, spec in zip(design.terms, design.spec.random, strict=True):
         if len(term.levels) < 2:
-            raise DesignError(
-                f"found one level ({term.levels[0]}) of the grouping factor {term.group} among the "
-                f"rows used; expected at least 2. Remove {spec.bar.text}."
-            )
+            refuse_one_level(term, spec)
+
+
+def refuse_one_level(term: Any, spec: RandomSpec) -> NoReturn:
+    """Raise DesignError: a grouping factor needs two levels."""
+    raise DesignError(
+        f"found one level ({term.levels[0]}) of the grouping factor {term.group} among the "
+        f"rows used; expected at least 2. Remove {spec.bar.text}."
+    )
 
 
 def check_identifiable(design: Design) -> None:

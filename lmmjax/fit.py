@@ -303,7 +303,7 @@ class Fit:
         out = []
         for term in self.model.design.terms:
             first = at.get(term.group, 0)
-            S = term.z.shape[1]
+            S = len(term.names)
             out.append(self._effects[term.group][0][:, first : first + S])
             at[term.group] = first + S
         return out

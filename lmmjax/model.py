@@ -111,6 +111,75 @@ class Model:
             safe=safe,
         )
 
+    @classmethod
+    def from_table(
+        cls,
+        formula: str,
+        source: Any,
+        *,
+        residual: str | None = None,
+        weights: str | None = None,
+        offset: str | None = None,
+        contrasts: dict[str, str] | None = None,
+        missing: str = "drop",
+        safe: bool = False,
+        dtype: str = "float64",
+    ) -> Model:
+        """Build the model of a table larger than memory: two passes, bounded memory.
+
+        Parameters
+        ----------
+        formula, residual, contrasts, missing, safe, dtype
+            As for `Model`.
+        source : object
+            Path, pattern or list of paths of Parquet files; DuckDB relation; pyarrow dataset;
+            polars lazy frame; Spark frame; or anything with an Arrow C stream that can be read
+            twice.
+        weights, offset : str, optional
+            A column or an expression of columns.
+
+        Returns
+        -------
+        Model
+            The same as in memory, without the rows: ``fitted``, ``residuals`` and ``simulate``
+            raise, `Fit.predict` needs ``newdata``.
+
+        Raises
+        ------
+        FormulaError, DataError, DesignError
+
+        Notes
+        -----
+        Each step of transforms upon transforms (``poly(scale(x), 2)``) costs one more pass, and so
+        do nearly dependent columns of X. Transforms that learn (``scale``, ``poly``, ``bs`` ...)
+        spool their argument to a temporary file, 8 bytes a row.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm, pyarrow as pa
+        >>> table = pa.Table.from_pandas(lmm.load_dataset("Dyestuff"))
+        >>> lmm.Model.from_table("Yield ~ 1 + (1 | Batch)", table).groups
+        {'Batch': 6}
+        """
+        from lmmjax.stream import build_streamed
+
+        if dtype not in ("float64", "float32"):
+            raise DataError(f"dtype={dtype!r} is unknown; expected 'float64' or 'float32'.")
+        model = cls.__new__(cls)
+        model.formula, model.residual, model.dtype = formula, residual, dtype
+        design, standard = build_streamed(
+            formula,
+            source,
+            weights=_known_variances(residual, weights),
+            offset=offset,
+            contrasts=contrasts,
+            missing=missing,
+            safe=safe,
+        )
+        model.design = design  # type: ignore[assignment]
+        model.__dict__["_standard"] = standard
+        return model
+
     # -- what it is ---------------------------------------------------------------------------
 
     @property
