@@ -72,6 +72,7 @@ class Pieces(NamedTuple):
 
     red: lk.Reduction
     a: jax.Array  # a_i, (S, S, J)
+    every_a: jax.Array  # a_i times the number of levels that it stands for (Gram.times)
     P: jax.Array  # P_i, (S, d, J)
     T: jax.Array  # rows of T of the chain, (S, p + 1, J)
     T_core: jax.Array  # rows of T of the core, (d, p + 1)
@@ -89,6 +90,7 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs) -> Pieces:
     W_B = jnp.concatenate([f.border[0], red.row.chain[0][:, None]], axis=1)
     B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
     a = gram.own[0] - lk.per_level(W_A, W_A)
+    every_a = a * gram.times[0] if gram.times else a
     P = B - lk.per_level(W_A, W_B)
     K = jnp.concatenate([f.schur[:d], red.row.schur[:d, None]], axis=1)
     half = lk.scale_core(layout, f.lams[1:], jnp.eye(d, dtype=theta.dtype)).T
@@ -97,7 +99,7 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs) -> Pieces:
     QK = Q @ K[:, d:]
     T, T_core = P[:, d:] - _left(QK.T, P[:, :d]), K[:, d:] - K[:, :d] @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
-    return Pieces(red, a, P[:, :d], T, T_core, K[:, :d], Q, v, lk.unscaled_vcov(red))
+    return Pieces(red, a, every_a, P[:, :d], T, T_core, K[:, :d], Q, v, lk.unscaled_vcov(red))
 
 
 def _left(A: jax.Array, x: jax.Array) -> jax.Array:
@@ -179,7 +181,7 @@ def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
 def _traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
     """2 tr(C T'E_k Ã E_l T) - tr(Ã E_k Ã E_l), (n_theta, n_theta)."""
     H = _inner(_left(C, k.T), k.T)
-    hessian = _double(_outer(2 * H - k.a, k.a), E[0], E[0])
+    hessian = _double(_outer(2 * H - k.every_a, k.a), E[0], E[0])
     if not layout.core:
         return hessian
     return hessian + _core_traces(layout, k, E, C)
@@ -248,7 +250,7 @@ def closed_form(layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: 
 
 def _gamma(layout: Layout, k: Pieces, C: jax.Array) -> list[jax.Array]:
     """Sums of the diagonal blocks of Ã - T C T' per factor, (S, S) each."""
-    chain = jnp.sum(k.a - _inner(_left(C, k.T), k.T), axis=-1)
+    chain = jnp.sum(k.every_a - _inner(_left(C, k.T), k.T), axis=-1)
     if not layout.core:
         return [chain]
     chain = chain - jnp.sum(_inner(_left(k.Q, k.P), k.P), axis=-1)

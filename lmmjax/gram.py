@@ -302,6 +302,7 @@ class Gram(NamedTuple):
     core: Any  # (d + p, d + p)
     n: Any  # rows, ()
     logdet_R: Any  # log det of the residual correlation / precision weights, ()
+    times: tuple[Any, ...] = ()  # chain i: how many equal levels each stands for, (J_i,); () = 1
 
 
 class Rhs(NamedTuple):
