@@ -2,17 +2,19 @@ r"""Fewer levels for the same likelihood: rotate levels whose blocks Z_j'R⁻¹Z
 
 In a class of m levels with one and the same block A (S x S) the effects u_1 ... u_m are independent
 and alike. For an orthogonal Q (m x m), (Q' ⊗ I)u has the same law, I ⊗ A stays as it is, and the
-products B_j = Z_j'R⁻¹X and z_j = Z_j'R⁻¹y turn into Σ_j Q_jl B_j and Σ_j Q_jl z_j. So Q can be chosen
-to leave as few levels with products as possible:
+products B_j = Z_j'R⁻¹X and z_j = Z_j'R⁻¹y turn into Σ_j Q_jl B_j and Σ_j Q_jl z_j. So Q can be
+chosen to leave as few levels with products as possible:
 
-* the first k, the rank of the m x S(d + p) matrix whose rows are vec(B_j), keep all products with X;
+* the first k, the rank of the m x S(d + p) matrix whose rows are vec(B_j), keep all products with
+  X;
 * of the others, products with y alone, only the scatter Σ z z' (S x S) matters, which min(S, m - k)
   levels hold as well (a rotation that may differ between responses, as nothing else depends on it);
-* the remaining ones have no products. Their share of log|V| is carried by ``Gram.times`` of the last.
+* the remaining ones have no products. Their share of log|V| is carried by ``Gram.times`` of the
+  last.
 
-The result is an ordinary Gram and Rhs for :func:`lmmjax.likelihood.reduce`, exact for every θ. For a
-random intercept it is the reduction to distinct group sizes and sums of squares within each; balanced
-longitudinal designs collapse by visit pattern.
+The result is an ordinary Gram and Rhs for :func:`lmmjax.likelihood.reduce`, exact for every θ. For
+a random intercept it is the reduction to distinct group sizes and sums of squares within each;
+balanced longitudinal designs collapse by visit pattern.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ WORTH = 0.7
 
 @dataclass(frozen=True)
 class _Class:
-    """Levels with one block: ``at`` their place, ``basis`` (m, k) what spans the products with X."""
+    """Levels ``at`` with one block; ``basis`` (m, k) spans their products with X."""
 
     at: np.ndarray
     basis: np.ndarray
