@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmmjax import datasets
+    from lmmjax.batchfit import BatchFit
     from lmmjax.bayes.posterior import Posterior
     from lmmjax.comparison import Comparison, compare
     from lmmjax.datasets import describe_dataset, list_datasets, load_dataset
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
         SingularFitWarning,
     )
     from lmmjax.fit import Fit
+    from lmmjax.many import fit_many
     from lmmjax.model import Model
     from lmmjax.precision import enable_cache, float64
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchFit",
     "Comparison",
     "ComparisonError",
     "ConvergenceWarning",
@@ -54,6 +57,7 @@ __all__ = [
     "datasets",
     "describe_dataset",
     "enable_cache",
+    "fit_many",
     "float64",
     "list_datasets",
     "load_dataset",
@@ -61,6 +65,8 @@ __all__ = [
 
 #: where each public name lives; a module stands for itself
 _HOME = {
+    "BatchFit": "batchfit",
+    "fit_many": "many",
     "Comparison": "comparison",
     "Fit": "fit",
     "Model": "model",

@@ -139,6 +139,7 @@ def fit_items(
     *,
     shared: bool = True,
     lanes: int | None = None,
+    size: int | None = None,
     mesh: Any = None,
     retry: bool = True,
 ) -> Batch:
@@ -156,6 +157,8 @@ def fit_items(
         Starts; the identity by default.
     lanes : int, optional
         Items side by side; chosen from the size of the blocks by default.
+    size : int, optional
+        Pad to this many items, so that the last chunk of many runs the program of the others.
     mesh : jax.sharding.Mesh, optional
         Devices to share the items among.
     retry : bool
@@ -172,7 +175,10 @@ def fit_items(
     """
     m = len(rhs.yy)
     start = estimate.start(layout) if theta0 is None else np.asarray(theta0)
-    items = _run(layout, method, gram, rhs, start, shared, lanes, mesh)
+    lanes = min(lanes or choose_lanes(layout), 2 ** int(np.ceil(np.log2(max(m, 1)))))
+    size = bucket(max(m, size or 0), lanes * (1 if mesh is None else mesh.size))
+    run = functools.partial(_run, layout, method, shared, lanes, size, mesh)
+    items = run(gram, rhs, start)
     status = judge(layout, items, rhs)
     failed = np.flatnonzero((status == LIMIT) | (status == STUCK)) if retry else np.zeros(0, int)
     retried = np.isin(np.arange(m), failed)
@@ -181,9 +187,7 @@ def fit_items(
             break
         pick = lambda a: np.asarray(a)[failed]  # noqa: B023, E731
         some, few = (gram if shared else jax.tree.map(pick, gram)), jax.tree.map(pick, rhs)
-        again = _run(
-            layout, method, some, few, factor * estimate.start(layout), shared, lanes, mesh
-        )
+        again = run(some, few, factor * estimate.start(layout))
         verdict = judge(layout, again, few)
         better = verdict <= SINGULAR
         items = jax.tree.map(functools.partial(_replace, failed[better], better), items, again)
@@ -201,19 +205,17 @@ def _replace(at: np.ndarray, which: np.ndarray, old: np.ndarray, new: np.ndarray
 def _run(
     layout: Layout,
     method: str,
+    shared: bool,
+    lanes: int,
+    size: int,
+    mesh: Any,
     gram: Gram,
     rhs: Rhs,
     start: np.ndarray,
-    shared: bool,
-    lanes: int | None,
-    mesh: Any,
 ) -> Items:
-    """One compiled call on padded items; NumPy out."""
+    """One compiled call on padded items; NumPy out. A retry runs the program of the first try."""
     m = len(rhs.yy)
-    lanes = lanes or choose_lanes(layout)
-    lanes = min(lanes, 2 ** int(np.ceil(np.log2(max(m, 1)))))
     theta0 = np.broadcast_to(start, (m, layout.n_theta))
-    size = bucket(m, lanes * (1 if mesh is None else mesh.size))
     rhs, theta0 = pad_items((rhs, theta0), m, size)
     gram = gram if shared else pad_items(gram, m, size)
     if mesh is None:

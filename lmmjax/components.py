@@ -60,3 +60,9 @@ def values(terms: Any, covs: Any, sigma: Any) -> np.ndarray:
 def _places(S: int, kind: str) -> list[tuple[int, int]]:
     every = [(i, j) for j in range(S) for i in range(j, S)]
     return every if kind in CORRELATED else [(i, j) for i, j in every if i == j]
+
+
+def varcorr_places(S: int) -> list[tuple[int, int]]:
+    """Order of ``varcorr`` in a term: variances, then covariances by row."""
+    pairs = [(i, j) for i in range(S) for j in range(i + 1, S)]
+    return [(i, i) for i in range(S)] + pairs
