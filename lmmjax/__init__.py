@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SingularFitWarning,
     )
     from lmmjax.fit import Fit
+    from lmmjax.groups import fit_groups
     from lmmjax.many import fit_many
     from lmmjax.model import Model
     from lmmjax.precision import enable_cache, float64
@@ -57,6 +58,7 @@ __all__ = [
     "datasets",
     "describe_dataset",
     "enable_cache",
+    "fit_groups",
     "fit_many",
     "float64",
     "list_datasets",
@@ -66,6 +68,7 @@ __all__ = [
 #: where each public name lives; a module stands for itself
 _HOME = {
     "BatchFit": "batchfit",
+    "fit_groups": "groups",
     "fit_many": "many",
     "Comparison": "comparison",
     "Fit": "fit",

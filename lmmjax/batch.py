@@ -20,7 +20,7 @@ from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.optimize import CONVERGED, FLAT_STOP, MAX_ITERATIONS, newton_decrement
 
 #: verdicts; the first two are usable fits
-OK, SINGULAR, LIMIT, NOT_FINITE, STUCK, EXACT, NOT_RUN = range(7)
+OK, SINGULAR, LIMIT, NOT_FINITE, STUCK, EXACT, TOO_FEW, NOT_RUN = range(8)
 
 WORDS = {
     OK: "converged",
@@ -29,6 +29,7 @@ WORDS = {
     NOT_FINITE: "failed: missing or infinite values in the data of this item",
     STUCK: "failed: the gradient is not zero, or a saddle point",
     EXACT: "failed: the fixed effects reproduce the response exactly",
+    TOO_FEW: "failed: too few rows or levels for the effects of the model",
     NOT_RUN: "not run",
 }
 

@@ -71,8 +71,8 @@ def concatenate(parts: list[Arrays]) -> Arrays:
 
 def take(arrays: Arrays, order: np.ndarray) -> Arrays:
     """Items in another order."""
-    pick: Any = lambda a: tuple(c[order] for c in a) if isinstance(a, tuple) else a[order]  # noqa: E731
-    return Arrays(*map(pick, arrays))
+    flat = {name: getattr(arrays, name)[order] for name in Arrays._fields if name != "covs"}
+    return Arrays(covs=tuple(c[order] for c in arrays.covs), **flat)
 
 
 def missing_items(m: int, like: Arrays, status: int) -> Arrays:
@@ -82,8 +82,9 @@ def missing_items(m: int, like: Arrays, status: int) -> Arrays:
         shape = (m, *a.shape[1:])
         return np.full(shape, np.nan) if a.dtype.kind == "f" else np.zeros(shape, a.dtype)
 
-    out = Arrays(*(tuple(map(blank, a)) if isinstance(a, tuple) else blank(a) for a in like))
-    return out._replace(status=np.full(m, status, np.int8))
+    flat = {name: blank(getattr(like, name)) for name in Arrays._fields if name != "covs"}
+    flat["status"] = np.full(m, status, np.int8)
+    return Arrays(covs=tuple(map(blank, like.covs)), **flat)
 
 
 @dataclass(frozen=True, eq=False)

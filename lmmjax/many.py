@@ -25,7 +25,7 @@ from lmmjax.gram import Layout, Units
 from lmmjax.model import Model, check_method
 from lmmjax.precision import in_float64
 from lmmjax.rank import independent_columns
-from lmmjax.responses import Responses
+from lmmjax.responses import Products, Responses
 from lmmjax.sources import Source, open_source
 from lmmjax.table import Table
 
@@ -239,9 +239,11 @@ class _Shared:
         """Fit a block of responses given on all rows of the table."""
         whole = len(self.kept) == self.n_rows
         Y = block if whole else block[self.kept]
-        lacking = np.flatnonzero(np.isnan(Y.sum(axis=0)))
+        made = self.responses(Y)
+        odd = np.flatnonzero(~np.isfinite(made.rhs.yy))
+        lacking = odd[np.isnan(Y[:, odd]).any(axis=0)]
         if len(lacking) == 0:
-            return self._complete(Y, method, size, mesh)
+            return self._complete(made, method, size, mesh)
         if missing == "raise":
             some = ", ".join(str(names[i]) for i in lacking[:3])
             raise DataError(
@@ -251,13 +253,13 @@ class _Shared:
         present = np.setdiff1d(np.arange(Y.shape[1]), lacking)
         parts = [self._incomplete(Y[:, lacking], method, size, mesh)]
         if len(present):
-            parts.append(self._complete(Y[:, present], method, size, mesh))
+            some_made = jax.tree.map(lambda a: a[present], made)
+            parts.append(self._complete(some_made, method, size, mesh))
         order = np.argsort(np.concatenate([lacking, present]), kind="stable")
         return take(concatenate(parts), order)
 
-    def _complete(self, Y: np.ndarray, method: str, size: int, mesh: Any) -> Arrays:
+    def _complete(self, made: Products, method: str, size: int, mesh: Any) -> Arrays:
         plan, units, the_gram, _ = self.model._standard
-        made = self.responses(Y)
         layout, rhs = plan.layout, made.rhs
         if self.collapsed is not None:
             layout, the_gram = self.collapsed.layout, self.collapsed.gram
@@ -300,13 +302,13 @@ class _Shared:
         if bad:
             k = sum(map(len, bad))
             like = parts[0] if parts else self._blank(method)
-            parts.append(missing_items(k, like, batch.NOT_FINITE))
+            parts.append(missing_items(k, like, batch.TOO_FEW))
             order += bad
         return take(concatenate(parts), np.argsort(np.concatenate(order), kind="stable"))
 
     def _blank(self, method: str) -> Arrays:
         """Arrays of the right shapes: those of the stand-in response."""
-        return self._complete(self.design.y[:, None], method, 1, None)
+        return self._complete(self.responses(self.design.y[:, None]), method, 1, None)
 
     def result(
         self,

@@ -57,21 +57,28 @@ class Responses:
         self.xx = np.asarray(gram.core)[self.d :, self.d :]
         self.sizes = [(f.S, f.J) for f in plan.factors]
         self.n_chain = plan.n_chain
-        self.Z = self._by_level(design, plan, standardised)
+        self.ZX = self._stacked(design, plan, standardised)
+        self.cuts = np.cumsum([J * S for S, J in self.sizes])
 
-    def _by_level(self, design: Any, plan: Plan, standardised: Standardised) -> list[Any]:
-        """W^1 Z of each factor as a sparse (J S, n) matrix, level by level."""
-        from scipy.sparse import coo_array
+    def _stacked(self, design: Any, plan: Plan, standardised: Standardised) -> Any:
+        """W[Z X] of all factors as one sparse matrix, row by row of the data: (q + p, n).
 
-        out = []
+        Its product with Y reads each row of Y once and adds it to S + p rows of the result.
+        """
+        from scipy.sparse import csc_array
+
+        parts, rows, at = [], [], 0
         for f in plan.factors:
-            z = gr._weighted(gr._stack(standardised, f), self.w)
-            codes = design.terms[f.terms[0]].codes.astype(np.int64)
-            rows = (codes[:, None] * f.S + np.arange(f.S)).ravel()
-            columns = np.repeat(np.arange(self.n), f.S)
-            size = (f.J * f.S, self.n)
-            out.append(coo_array((z.ravel(), (rows, columns)), shape=size).tocsr())
-        return out
+            codes = design.terms[f.terms[0]].codes.astype(np.int32)
+            parts.append(gr._stack(standardised, f))
+            rows.append(at + codes[:, None] * f.S + np.arange(f.S, dtype=np.int32))
+            at += f.J * f.S
+        parts.append(standardised.X)
+        rows.append(np.broadcast_to(at + np.arange(self.p, dtype=np.int32), (self.n, self.p)))
+        values = gr._weighted(np.concatenate(parts, axis=1), self.w)
+        start = np.arange(self.n + 1, dtype=np.int32) * values.shape[1]
+        size = (at + self.p, self.n)
+        return csc_array((values.ravel(), np.concatenate(rows, axis=1).ravel(), start), shape=size)
 
     def __call__(self, Y: np.ndarray) -> Products:
         """Products with the columns of ``Y`` (n, m); O(n m (S + p)) time, O(m (q + p)) memory."""
@@ -106,13 +113,8 @@ class Responses:
 
     def _sums(self, Y: np.ndarray) -> list[np.ndarray]:
         """Z'WY per factor (J S, m), X'WY (p, m) and the diagonal of Y'WY (m,)."""
-        WX = gr._weighted(self.X, self.w)
-        squares = (
-            np.einsum("ij,ij->j", Y, Y)
-            if self.w is None
-            else np.einsum("ij,ij,i->j", Y, Y, self.w, optimize=False)
-        )
-        return [*(Z @ Y for Z in self.Z), WX.T @ Y, squares]
+        squares = np.einsum("ij,ij->j", Y, Y if self.w is None else Y * self.w[:, None])
+        return [*np.split(self.ZX @ Y, self.cuts), squares]
 
     def _without_x(self, sums: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Remove the least-squares fit on X from the products; its coefficients (p, m)."""
