@@ -8,6 +8,7 @@ batch. The lanes share no number: an item that is not finite changes no bit of a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ import jax
 import numpy as np
 
 from lmmjax import derivatives, estimate
+from lmmjax import gram as gr
 from lmmjax import likelihood as lk
-from lmmjax.gram import Gram, Layout, Rhs
-from lmmjax.optimize import CONVERGED, FLAT_STOP, MAX_ITERATIONS, newton_decrement
+from lmmjax.gram import Gram, Layout, Plan, Rhs, Units
+from lmmjax.optimize import CONVERGED, FLAT_STOP, MAX_ITERATIONS
 
 #: verdicts; the first two are usable fits
 OK, SINGULAR, LIMIT, NOT_FINITE, STUCK, EXACT, TOO_FEW, NOT_RUN = range(8)
@@ -69,6 +71,11 @@ class Batch(NamedTuple):
 
 def _one(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array) -> Items:
     best, est = estimate.optimise(layout, method, gram, rhs, theta0)
+    if layout.core:  # the optimiser may have used an approximate curvature
+        _, gradient, hessian = derivatives.value_gradient_hessian(
+            layout, method, best.theta, gram, rhs
+        )
+        best = best._replace(gradient=gradient, hessian=hessian)
     _, dV = derivatives.vcov_and_derivative(layout, method, best.theta, gram, rhs)
     lams = tuple(lk.factors(layout, best.theta))
     return Items(
@@ -109,6 +116,21 @@ def program(
 
 
 compiled = jax.jit(program, static_argnums=(0, 1, 2, 3))
+
+
+def standard(model: Any) -> tuple[Plan, Units, Gram, Rhs]:
+    """Plan, units and products of a model with dense blocks, as batches use them.
+
+    A single fit of large crossed factors may keep products by entry; every block of a batch has the
+    layout's full shape.
+    """
+    the_plan, units, the_gram, rhs = model._standard
+    if not getattr(the_plan.layout, "sparse", False):
+        return the_plan, units, the_gram, rhs
+    dense: Any = {"sparse": False}
+    the_plan = dataclasses.replace(the_plan, layout=dataclasses.replace(the_plan.layout, **dense))
+    standardised = gr.standardise(model.design)
+    return the_plan, units, *gr.crossproducts(model.design, the_plan, standardised)
 
 
 def choose_lanes(layout: Layout, platform: str | None = None) -> int:
@@ -238,15 +260,23 @@ def judge(layout: Layout, items: Items, rhs: Rhs) -> np.ndarray:
     status = np.zeros(len(value), np.int8)
     if layout.n_theta:
         safe = np.where(finite[:, None, None], hessian, np.eye(layout.n_theta))
-        promised = newton_decrement(np.where(finite[:, None], gradient, 0.0), safe)
+        promised, lowest = _promised(np.where(finite[:, None], gradient, 0.0), safe)
         largest = np.maximum(1.0, np.max(np.abs(safe), axis=(-1, -2)))
-        curved = np.linalg.eigvalsh(safe)[:, 0] > -1e-6 * largest
+        curved = lowest > -1e-6 * largest
         good = (promised < 1e-6) & curved & np.isin(raw, (CONVERGED, FLAT_STOP, MAX_ITERATIONS))
         status[is_singular(items)] = SINGULAR
         status[~good] = np.where(raw[~good] == MAX_ITERATIONS, LIMIT, STUCK)
     status[~finite] = STUCK
     status[~given] = NOT_FINITE
     return status
+
+
+def _promised(gradient: np.ndarray, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``optimize.newton_decrement`` of every item, and the lowest eigenvalue of its Hessian."""
+    e, Q = np.linalg.eigh(hessian)
+    along = np.einsum("mij,mi->mj", Q, gradient)
+    floor = np.sqrt(np.finfo(float).eps) * np.abs(e).max(axis=1, keepdims=True).clip(1.0)
+    return 0.5 * np.sum(along**2 / np.maximum(np.abs(e), floor), axis=1), e[:, 0]
 
 
 def is_singular(items: Items) -> np.ndarray:

@@ -295,7 +295,8 @@ def bootstrap(fit: Fit, n: int = 1000, seed: int = 0) -> Bootstrap:
     if not (isinstance(n, int | np.integer) and n >= 1):
         raise DataError(f"n={n!r} is not a number of replicates; expected an integer, 1 or more.")
     _check_residual(fit)
-    layout, gram = fit.model._plan.layout, fit.model._standard[2]
+    plan, _, gram, own_rhs = batch.standard(fit.model)
+    layout = plan.layout
     small = collapse.collapse(layout, gram)
     fit_layout, fit_gram = (layout, gram) if small is None else (small.layout, small.gram)
     rotate = (lambda r: r) if small is None else small.rhs
@@ -308,7 +309,7 @@ def bootstrap(fit: Fit, n: int = 1000, seed: int = 0) -> Bootstrap:
         rights.append(rotate(drawn))
         parts.append(batch.fit_items(fit_layout, fit.method, fit_gram, rights[-1], start))
     whole = jax.tree.map(lambda *a: np.concatenate(a), *parts)
-    own = rotate(jax.tree.map(lambda a: np.asarray(a)[None], fit.model._standard[3]))
+    own = rotate(jax.tree.map(lambda a: np.asarray(a)[None], own_rhs))
     rhs = jax.tree.map(lambda *a: np.concatenate(a), own, *rights)
     return _result(fit, int(n), seed, whole, fit_layout, fit_gram, rhs, time.perf_counter() - began)
 

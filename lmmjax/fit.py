@@ -550,7 +550,7 @@ def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[boo
             "size or a response that the model fits exactly"
         )
     gradient = np.asarray(best.gradient, float)
-    promised = float(newton_decrement(gradient, hessian))
+    promised = newton_decrement(gradient, hessian)
     tolerance = 1e-6 if dtype == "float64" else 1e-2
     lowest = float(np.linalg.eigvalsh(hessian)[0])
     curved = lowest > -1e-6 * max(1.0, float(np.abs(hessian).max()))

@@ -191,6 +191,7 @@ class _Shared:
     responses: Responses
     collapsed: collapse.Collapsed | None
     labels: Any  # row labels of the caller's table
+    standard: tuple[Any, ...]  # plan, units, Gram and Rhs of the stand-in
 
     @classmethod
     def build(
@@ -213,7 +214,8 @@ class _Shared:
         from lmmjax.design import check_identifiable
 
         check_identifiable(model.design)
-        plan, _, the_gram, _ = model._standard
+        standard = batch.standard(model)
+        plan, _, the_gram, _ = standard
         design = model.design
         ready = Responses(design, plan, gram.standardise(design), the_gram)
         return cls(
@@ -225,6 +227,7 @@ class _Shared:
             ready,
             collapse.collapse(plan.layout, the_gram),
             table.rows,
+            standard,
         )
 
     def fit(
@@ -259,7 +262,7 @@ class _Shared:
         return take(concatenate(parts), order)
 
     def _complete(self, made: Products, method: str, size: int, mesh: Any) -> Arrays:
-        plan, units, the_gram, _ = self.model._standard
+        plan, units, the_gram, _ = self.standard
         layout, rhs = plan.layout, made.rhs
         if self.collapsed is not None:
             layout, the_gram = self.collapsed.layout, self.collapsed.gram
@@ -269,7 +272,7 @@ class _Shared:
 
     def _incomplete(self, Y: np.ndarray, method: str, size: int, mesh: Any) -> Arrays:
         """Each response on the rows it has: a Gram a pattern, all patterns in one batch."""
-        plan = self.model._plan
+        plan, _, the_gram, _ = self.standard
         absent = np.isnan(Y)
         _, which = np.unique(np.packbits(absent, axis=0), axis=1, return_inverse=True)
         which = which.reshape(-1)
@@ -283,7 +286,7 @@ class _Shared:
             standardised = gram.standardise(piece)
             own, _ = gram.crossproducts(piece, plan, standardised)
             made = Responses(piece, plan, standardised, own)(Y[np.ix_(~absent[:, mine[0]], mine)])
-            own = own._replace(parent=self.model._standard[2].parent)
+            own = own._replace(parent=the_gram.parent)
             grams += [own] * len(mine)
             rights.append(made.rhs)
             converters.append((standardised.units, made, len(mine)))

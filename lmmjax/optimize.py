@@ -51,20 +51,16 @@ def linear(f: Criterion, theta: jax.Array) -> Optimum:
     return Optimum(theta, f(theta), none.sum(0), none, jnp.asarray(1), jnp.asarray(CONVERGED))
 
 
-def newton_decrement(gradient: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    """½ g'|H|⁻¹g: the decrease that a Newton step still promises, invariant to scaling of θ.
-
-    ``gradient`` (..., k) and ``hessian`` (..., k, k); leading axes are items of a batch.
-    """
+def newton_decrement(gradient: np.ndarray, hessian: np.ndarray) -> float:
+    """½ g'|H|⁻¹g: the decrease that a Newton step still promises, invariant to scaling of θ."""
     e, Q = np.linalg.eigh(hessian)
-    along = np.einsum("...ij,...i->...j", Q, gradient)
-    return 0.5 * np.sum(along**2 / _floored(e), axis=-1)
+    return float(0.5 * np.sum((Q.T @ gradient) ** 2 / _floored(e)))
 
 
 def _floored(e: Any) -> Any:
     """|e|, kept away from 0 where the criterion does not determine a direction."""
     floor = np.sqrt(np.finfo(e.dtype).eps).astype(e.dtype)
-    return abs(e).clip(floor * abs(e).max(axis=-1, keepdims=True).clip(1.0))
+    return abs(e).clip(floor * abs(e).max().clip(1.0))
 
 
 def _step(g: jax.Array, H: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
