@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmmjax import datasets
+    from lmmjax import datasets, studies
     from lmmjax.batchfit import BatchFit
     from lmmjax.bayes.posterior import Posterior
     from lmmjax.comparison import Comparison, compare
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lmmjax.many import fit_many
     from lmmjax.model import Model
     from lmmjax.precision import enable_cache, float64
+    from lmmjax.study import Study
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "PrecisionError",
     "PriorError",
     "SingularFitWarning",
+    "Study",
     "compare",
     "datasets",
     "describe_dataset",
@@ -63,6 +65,7 @@ __all__ = [
     "float64",
     "list_datasets",
     "load_dataset",
+    "studies",
 ]
 
 #: where each public name lives; a module stands for itself
@@ -74,6 +77,7 @@ _HOME = {
     "Fit": "fit",
     "Model": "model",
     "Posterior": "bayes.posterior",
+    "Study": "study",
     "compare": "comparison",
     "datasets": "datasets",
     "describe_dataset": "datasets",
@@ -81,6 +85,7 @@ _HOME = {
     "float64": "precision",
     "list_datasets": "datasets",
     "load_dataset": "datasets",
+    "studies": "studies",
 }
 
 

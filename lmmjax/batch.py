@@ -112,6 +112,8 @@ def program(
         return _one(layout, method, *((gram, *args) if shared else args))
 
     mapped = (rhs, theta0) if shared else (gram, rhs, theta0)
+    if layout.n_theta == 0:  # closed form: nothing can straggle
+        return jax.vmap(one)(mapped)
     return jax.lax.map(one, mapped, batch_size=lanes)
 
 
