@@ -82,7 +82,10 @@ class Responses:
 
     def __call__(self, Y: np.ndarray) -> Products:
         """Products with the columns of ``Y`` (n, m); O(n m (S + p)) time, O(m (q + p)) memory."""
-        Y = np.asarray(Y, float)
+        with np.errstate(invalid="ignore", over="ignore"):  # items that are not finite are told
+            return self._products(np.asarray(Y, float))
+
+    def _products(self, Y: np.ndarray) -> Products:
         if self.offset is not None:
             Y = Y - self.offset[:, None]
         shift = self._shift(Y)

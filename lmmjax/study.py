@@ -110,8 +110,17 @@ class Scenario:
             return float(self.truth.get("sigma", 1.0)) ** 2
         if parameter.startswith("var_"):
             return float(self.truth.get("sd_" + parameter[4:], 0.0)) ** 2
-        default = {"sd_": 0.0, "cor_": 0.0}.get(parameter[: parameter.find("_") + 1], np.nan)
-        return float(self.truth.get(parameter, 1.0 if parameter == "sigma" else default))
+        if parameter in self.truth or self.draw is not None:
+            return float(self.truth.get(parameter, np.nan))
+        return 0.0 if parameter in self._known else np.nan
+
+    @cached_property
+    def _known(self) -> set[str]:
+        """Names of the fixed effects, which are 0 where the truth does not say otherwise."""
+        from lmmjax.many import _Shared
+
+        built = _Shared.build(self.formula, self.data, None, None, None, "raise")
+        return set(built.design.x_names)
 
 
 @dataclass(frozen=True)
