@@ -193,8 +193,8 @@ def single_cell(runs: int, genes: int = 1000) -> str:
     estimate = 11596 * total / len(made) / 60
     return (
         f"| 500,000 rows x 259 groups x {len(made)} responses | {total:.1f} s | products "
-        f"{spent['products']:.1f} s, the rest {total - spent['products']:.1f} s; 11,596 genes would "
-        f"take {estimate:.1f} minutes |"
+        f"{spent['products']:.1f} s, the rest {total - spent['products']:.1f} s; 11,596 genes "
+        f"would take {estimate:.1f} minutes |"
     )
 
 

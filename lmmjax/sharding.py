@@ -25,9 +25,14 @@ from lmmjax.model import Model, check_method
 from lmmjax.precision import in_float64
 
 
+def _automatic(mesh: Mesh) -> Mesh:
+    """The same devices, with axes that XLA partitions itself (jax.make_mesh makes explicit ones)."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 def _place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Arrays on the mesh, each process giving the parts of its own devices."""
-    sharding = NamedSharding(mesh, spec)
+    sharding = NamedSharding(_automatic(mesh), spec)
 
     def one(a: Any) -> jax.Array:
         a = np.asarray(a)
@@ -50,7 +55,9 @@ def _program(mesh: Mesh, layout: Layout, method: str, lanes: int, shared: bool) 
     items, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     run = functools.partial(batch.program, layout, method, lanes, shared)
     specs = (whole if shared else items, items, items)
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=items, check_vma=False)
+    mapped = jax.shard_map(
+        run, mesh=_automatic(mesh), in_specs=specs, out_specs=items, check_vma=False
+    )
     return jax.jit(mapped)
 
 

@@ -215,7 +215,7 @@ def test_adjusted_p_values() -> None:
     np.testing.assert_allclose(adjusted(p, "bh")[:, 0], [0.04, 0.04, np.nan, 0.04, 0.5])
 
 
-# -- fit_groups -------------------------------------------------------------------------------------
+# -- fit_groups -----------------------------------------------------------------------------------
 
 
 def stack_of(name: str) -> tuple[assemble.Stack, list[Any]]:
