@@ -26,7 +26,7 @@ from lmmjax.precision import in_float64
 
 
 def _automatic(mesh: Mesh) -> Mesh:
-    """The same devices, with axes that XLA partitions itself (jax.make_mesh makes explicit ones)."""
+    """The same devices with axes that XLA partitions itself; jax.make_mesh makes explicit ones."""
     return Mesh(mesh.devices, mesh.axis_names)
 
 
