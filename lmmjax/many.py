@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from lmmjax import batch, collapse, gram
+from lmmjax import batch, collapse, gram, start
 from lmmjax.batchfit import Arrays, BatchFit, TermLabels, concatenate, missing_items, take
 from lmmjax.errors import DataError
 from lmmjax.expr import parse_expr
@@ -264,10 +264,11 @@ class _Shared:
     def _complete(self, made: Products, method: str, size: int, mesh: Any) -> Arrays:
         plan, units, the_gram, _ = self.standard
         layout, rhs = plan.layout, made.rhs
+        theta0 = start.moments_of_many(layout, the_gram, rhs)
         if self.collapsed is not None:
             layout, the_gram = self.collapsed.layout, self.collapsed.gram
             rhs = self.collapsed.rhs(rhs)
-        done = batch.fit_items(layout, method, the_gram, rhs, size=size, mesh=mesh)
+        done = batch.fit_items(layout, method, the_gram, rhs, theta0, size=size, mesh=mesh)
         return arrays_of(done, units, made.beta0, made.scale, method, made.exact)
 
     def _incomplete(self, Y: np.ndarray, method: str, size: int, mesh: Any) -> Arrays:
