@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import tempfile
@@ -21,6 +22,13 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.__main__ import median_seconds
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks-batch.md"
+HEAD = """# Benchmarks of batches
+
+Made by `python -m benchmarks.batch` on {cores} cores. Medians of warm runs; the machine was shared,
+so believe ratios and CPU seconds more than wall seconds.
+"""
 
 #: one process of the peer: prepared refit of every response, no degrees of freedom
 PEER = """
@@ -213,10 +221,13 @@ def main() -> None:
         "simulation": lambda: simulation(args.runs),
         "single-cell": lambda: single_cell(args.runs),
     }
-    print("| case | lmmjax | against |\n|---|---|---|")
+    lines = ["| case | lmmjax | against |", "|---|---|---|"]
     for name, row in rows.items():
         if args.only in (None, name):
-            print(row(), flush=True)
+            lines += row().splitlines()
+            print(lines[-1], flush=True)
+    if args.only is None:
+        PAGE.write_text("\n".join([HEAD.format(cores=os.cpu_count()), *lines, ""]))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ import numpy as np
 from lmmjax import batch, collapse, components, estimate, rowfree
 from lmmjax import likelihood as lk
 from lmmjax.errors import DataError, LmmError
-from lmmjax.gram import Gram, Layout, Rhs
+from lmmjax.gram import Gram, Layout, Rhs, standardise
 from lmmjax.precision import in_float64
+from lmmjax.responses import Responses
+from lmmjax.start import moments_of_many
 from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
@@ -31,8 +33,11 @@ if TYPE_CHECKING:
 
 KINDS = ("percentile", "studentized")
 
-#: replicates drawn and fitted at a time; bounds the memory
-CHUNK = 4096
+#: replicates drawn and fitted at a time at most, and numbers in the products of a chunk
+CHUNK, NUMBERS = 4096, 2**24
+
+#: products of all replicates are kept, for studentised intervals, up to so many numbers
+KEPT = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +192,11 @@ class Bootstrap:
     def _scales(self) -> tuple[np.ndarray, np.ndarray]:
         """Components on unbounded scales and their standard errors; the fit's own in row 0."""
         layout, gram, rhs, theta, hessian, scale, structure = self._pieces
+        if rhs is None:
+            raise LmmError(
+                f"the products of {self.n} replicates were too large to keep for studentised "
+                "intervals; expected fewer replicates or groups. Use kind='percentile'."
+            )
         value, slope, direct = jax.device_get(
             _transformed(layout, self.fit.method, structure, gram, rhs, theta)
         )
@@ -304,13 +314,16 @@ def bootstrap(fit: Fit, n: int = 1000, seed: int = 0) -> Bootstrap:
     rng = np.random.default_rng(seed)
     start = _start(fit)
     parts, rights = [], []
-    for at in range(0, int(n), CHUNK):
-        drawn = _draw(fit, layout, the_root, rng, min(CHUNK, int(n) - at))
-        rights.append(rotate(drawn))
-        parts.append(batch.fit_items(fit_layout, fit.method, fit_gram, rights[-1], start))
+    chunk = int(np.clip(NUMBERS // (layout.q + layout.p + 1), 16, CHUNK))
+    size = chunk if n > chunk else None
+    keep = n * (fit_layout.q + fit_layout.p + 1) <= KEPT
+    for at in range(0, int(n), chunk):
+        drawn = rotate(_draw(fit, layout, the_root, rng, min(chunk, int(n) - at)))
+        rights += [drawn] if keep else []
+        parts.append(batch.fit_items(fit_layout, fit.method, fit_gram, drawn, start, size=size))
     whole = jax.tree.map(lambda *a: np.concatenate(a), *parts)
     own = rotate(jax.tree.map(lambda a: np.asarray(a)[None], own_rhs))
-    rhs = jax.tree.map(lambda *a: np.concatenate(a), own, *rights)
+    rhs = jax.tree.map(lambda *a: np.concatenate(a), own, *rights) if keep else None
     return _result(fit, int(n), seed, whole, fit_layout, fit_gram, rhs, time.perf_counter() - began)
 
 
@@ -347,7 +360,7 @@ def _result(
     whole: batch.Batch,
     layout: Layout,
     gram: Gram,
-    rhs: Rhs,
+    rhs: Rhs | None,
     seconds: float,
 ) -> Bootstrap:
     import pandas as pd
@@ -381,3 +394,69 @@ def _result(
         seconds=seconds,
         _pieces=pieces,
     )
+
+
+# -------------------------------------------------------------------------------------------------
+# The null distribution of a likelihood ratio
+# -------------------------------------------------------------------------------------------------
+
+
+class NullStatistics(NamedTuple):
+    """Likelihood-ratio statistics of responses simulated under the smaller model."""
+
+    statistics: np.ndarray  # (n,), NaN where a refit failed
+    n_failed: int
+
+
+@in_float64
+def null_statistics(small: Fit, big: Fit, n: int = 1000, seed: int = 0) -> NullStatistics:
+    """Simulate from ``small``, refit both models, return the likelihood-ratio statistics.
+
+    Parameters
+    ----------
+    small, big : Fit
+        Nested, of the same rows, by the same method.
+    n, seed : int
+
+    Returns
+    -------
+    NullStatistics
+        The bootstrap p-value is (1 + number of statistics at least as large as the observed one) /
+        (1 + number that are not NaN).
+
+    Notes
+    -----
+    Rows are simulated, 256 responses at a time, since the designs differ: O(n_obs n) and two
+    batches.
+
+    References
+    ----------
+    Davison and Hinkley (1997). Bootstrap Methods and their Application, eq. 4.11.
+    """
+    for fit in (small, big):
+        _check_residual(fit)
+    if small.n_obs != big.n_obs or small.method != big.method:
+        raise DataError(
+            f"found fits of {small.n_obs} rows by {small.method} and of {big.n_obs} rows by "
+            f"{big.method}; expected the same rows and method. Refit one of them."
+        )
+    block, parts = min(256, int(n)), []
+    for at in range(0, int(n), block):
+        key = int(np.random.SeedSequence((seed, at)).generate_state(1)[0])
+        Y = small.simulate(min(block, int(n) - at), seed=key).to_numpy()
+        parts.append(_refit(small, Y, block) - _refit(big, Y, block))
+    statistics = np.concatenate(parts)
+    return NullStatistics(statistics, int(np.sum(np.isnan(statistics))))
+
+
+def _refit(fit: Fit, Y: np.ndarray, size: int) -> np.ndarray:
+    """Criterion of the fit's model for every column of Y, NaN where it failed."""
+    plan, units, gram, _ = batch.standard(fit.model)
+    design = fit.model.design
+    made = Responses(design, plan, standardise(design), gram)(Y)
+    theta0 = moments_of_many(plan.layout, gram, made.rhs)
+    done = batch.fit_items(plan.layout, fit.method, gram, made.rhs, theta0, size=size)
+    nu = units.n - (units.p if fit.method == "REML" else 0)
+    extra = 2 * units.logdet_A if fit.method == "REML" else 0.0
+    value = done.items.value + 2 * nu * np.log(made.scale) - extra
+    return np.where(done.status <= batch.SINGULAR, value, np.nan)

@@ -115,7 +115,7 @@ def fit_many(
         raise DataError(f"missing={missing!r} is unknown; expected 'drop' or 'raise'.")
     shared = _Shared.build(formula, data, weights, offset, contrasts, missing)
     source = open_source(responses, shared.n_rows, shared.columns, layer)
-    chunk = _chunk(chunk, shared.design.n)
+    chunk = _chunk(chunk, shared.design.n, shared.model._plan.layout.q + shared.design.p)
     labels: list[Any] = []
     parts: list[Arrays] = []
     notes: list[str] = []
@@ -155,13 +155,17 @@ def _bar(progress: bool, total: int | None) -> Any:
     return tqdm(total=total, unit="fit", disable=not progress)
 
 
-def _chunk(chunk: int | None, n: int) -> int:
-    """Responses at a time: their block, its copy and its products take a quarter of the memory."""
+def _chunk(chunk: int | None, n: int, q: int) -> int:
+    """Responses at a time: their block, its copy and their products take a quarter of the memory.
+
+    Temporaries of the optimiser and its Hessian exist for the items of one group of lanes only
+    (batch.py); they do not grow with the chunk.
+    """
     if chunk is not None:
         if not (isinstance(chunk, int | np.integer) and chunk > 0):
             raise DataError(f"chunk={chunk!r}; expected a positive number of responses.")
         return int(chunk)
-    return int(np.clip(free_memory() / 4 / (8 * 4 * n), 16, MOST))
+    return int(np.clip(free_memory() / 4 / (8 * (3 * n + 6 * q + 1)), 16, MOST))
 
 
 def free_memory() -> float:

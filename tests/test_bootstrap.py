@@ -13,7 +13,7 @@ import pytest
 from designs import design, layouts, problem, random_theta
 
 import lmmjax as lmm
-from lmmjax import batch, collapse, derivatives, estimate, gram, rowfree
+from lmmjax import batch, bootstrap, collapse, derivatives, estimate, gram, rowfree
 from lmmjax import likelihood as lk
 
 LAYOUTS = layouts()
@@ -214,3 +214,21 @@ def test_one_level_class_keeps_its_codes() -> None:
     small = collapse.collapse(plan.layout, g)
     assert small is not None
     np.testing.assert_allclose(small.rhs(rhs).border[0][..., 0], rhs.border[0][..., 38])
+
+
+def test_null_statistics_of_a_likelihood_ratio(fit: lmm.Fit) -> None:
+    """Of a fixed effect under ML: χ²(1) but for small samples; the same seed, the same numbers."""
+    data = lmm.load_dataset("sleepstudy").assign(Reaction=fit.simulate(1, seed=1)["sim_1"])
+    noise = np.random.default_rng(0).standard_normal(len(data))
+    small = lmm.Model("Reaction ~ Days + (1 | Subject)", data).fit("ML")
+    big = lmm.Model("Reaction ~ Days + noise + (1 | Subject)", data.assign(noise=noise)).fit("ML")
+    null = bootstrap.null_statistics(small, big, n=512, seed=3)
+    assert null.n_failed == 0
+    assert np.min(null.statistics) > -1e-7
+    assert abs(np.mean(null.statistics) - 1.0) < 4 * np.sqrt(2 / 512)
+    assert abs(np.mean(null.statistics > 3.84) - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 512)
+    np.testing.assert_array_equal(
+        bootstrap.null_statistics(small, big, n=256, seed=3).statistics, null.statistics[:256]
+    )
+    with pytest.raises(lmm.DataError, match="same rows and method"):
+        bootstrap.null_statistics(fit, big)
