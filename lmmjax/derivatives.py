@@ -239,6 +239,7 @@ class Pieces(NamedTuple):
     red: lk.Reduction
     lams: list[jax.Array]  # Λ per factor, chain first
     a: jax.Array  # a_i, (S, S, J)
+    every_a: jax.Array  # a_i times the number of levels that it stands for (Gram.times)
     P: Any  # DenseP or SparseP
     T: jax.Array  # rows of T of the chain, (S, p + 1, J)
     T_core: jax.Array  # rows of T of the core, (d, p + 1)
@@ -257,6 +258,7 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
     W_B = jnp.concatenate([f.border[0], red.row.chain[0][:, None]], axis=1)
     B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
     a = gram.own[0] - lk.per_level(W_A, W_A)
+    every_a = a * gram.times[0] if gram.times else a
     fixed = B - lk.per_level(W_A, W_B)
     P: DenseP | SparseP
     if f.root is None:
@@ -272,7 +274,7 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
     T, T_core = fixed - P.apply(QK) if d else fixed, K[:, d:] - K[:, :d] @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
     lams = list(f.lams)
-    return Pieces(red, lams, a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
+    return Pieces(red, lams, a, every_a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
 
 
 def inverse_from_cholesky(L: jax.Array, block: int = 160) -> jax.Array:
@@ -384,7 +386,7 @@ def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
 def _traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
     """2 tr(C T'E_k Ã E_l T) - tr(Ã E_k Ã E_l), (n_theta, n_theta)."""
     H = _inner(_left(C, k.T), k.T)
-    hessian = _double(_outer(2 * H - k.a, k.a), E[0], E[0])
+    hessian = _double(_outer(2 * H - k.every_a, k.a), E[0], E[0])
     if not layout.core:
         return hessian
     return hessian + _core_traces(layout, k, E, C)
@@ -496,7 +498,7 @@ def _average(layout: Layout, k: Pieces, E: list[jax.Array], ratio: jax.Array) ->
 
 def _gamma(layout: Layout, k: Pieces, C: jax.Array) -> list[jax.Array]:
     """Sums of the diagonal blocks of Γ = Ã - T C T' per factor, (S, S) each."""
-    chain = jnp.sum(k.a - _inner(_left(C, k.T), k.T), axis=-1)
+    chain = jnp.sum(k.every_a - _inner(_left(C, k.T), k.T), axis=-1)
     if not layout.core:
         return [chain]
     chain = chain - jnp.sum(k.P.conjugate(k.Q), axis=-1)

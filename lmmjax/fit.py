@@ -27,6 +27,7 @@ from lmmjax.threads import SMALL, one_blas_thread
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lmmjax.bootstrap import Bootstrap
     from lmmjax.model import Model
 
 DF_METHODS = ("satterthwaite", "residual", "wald")
@@ -399,6 +400,38 @@ class Fit:
 
         cov, corr = marginal_cov(self.model.design, self._term_covs(), self.sigma, level, group)
         return MarginalCov(cov, corr)
+
+    # -- resampling -----------------------------------------------------------------------------
+
+    def bootstrap(self, n: int = 1000, seed: int = 0) -> Bootstrap:
+        """Parametric bootstrap: simulate from the fit, refit every replicate in one batch.
+
+        Parameters
+        ----------
+        n : int
+            Replicates.
+        seed : int
+            The same seed gives the same numbers.
+
+        Returns
+        -------
+        lmmjax.bootstrap.Bootstrap
+            ``.replicates``, ``.confint(kind="percentile" | "studentized")``, ``.n_failed`` ...
+
+        Notes
+        -----
+        Replicates are drawn as cross-products, exactly, at no cost in the number of rows.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> fit = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff")).fit()
+        >>> fit.bootstrap(200, seed=1).replicates.shape
+        (200, 3)
+        """
+        from lmmjax.bootstrap import bootstrap
+
+        return bootstrap(self, n, seed)
 
     # -- people ---------------------------------------------------------------------------------
 

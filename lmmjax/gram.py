@@ -358,6 +358,7 @@ class Gram(NamedTuple):
     n: Any  # rows, ()
     logdet_R: Any  # log det of the residual correlation / precision weights, ()
     cross: Any = None  # Cross, in a sparse layout
+    times: tuple[Any, ...] = ()  # chain i: how many equal levels each stands for, (J_i,); () = 1
 
 
 class Rhs(NamedTuple):
