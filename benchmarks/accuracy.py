@@ -1,4 +1,4 @@
-"""Digits of float64 and float32: ``python -m benchmarks.accuracy`` writes docs/accuracy.md.
+"""Digits of float64 and float32: ``python -m benchmarks.accuracy`` for docs/accuracy.md.
 
 Digits are -log10 of the relative error, at most 16. The reference of a fit is the float64 fit of the
 data as they are; that of the NIST problems is the closed form of balanced one-way REML, evaluated
@@ -136,12 +136,13 @@ def nist(lead: float, n: int) -> tuple[dict[str, np.ndarray], tuple[float, float
 
 def main() -> None:
     """Write the page."""
+    python = platform.python_version()
+    versions = f"lmmjax {lmm.__version__}, jax {jax.__version__}, Python {python}"
     parts = [
         "# Accuracy",
         "",
-        "Made by `python -m benchmarks.accuracy` "
-        f"(lmmjax {lmm.__version__}, jax {jax.__version__}, Python {platform.python_version()}). Figures are correct decimal digits, "
-        "-log10 of the relative error of the worst entry; 16 is all that a float64 holds.",
+        f"Made by `python -m benchmarks.accuracy`, {versions}. Figures are correct decimal "
+        "digits, -log10 of the relative error of the worst entry; 16 is all that a float64 holds.",
         "",
         '## `dtype="float32"`: what it keeps of the float64 fit',
         "",

@@ -103,13 +103,18 @@ def entries(
             value.append(np.stack(sums))
         start += levels * S_c
     where, what = np.concatenate(level), np.concatenate(column)
-    order = np.argsort(where * start + what)
+    return from_entries(where, what, np.concatenate(value, axis=1), J, start)
+
+
+def from_entries(where: np.ndarray, what: np.ndarray, value: np.ndarray, J: int, d: int) -> Cross:
+    """Sort entries (level, column, (S, m) values) of a product (J, d) and list their pairs."""
+    order = np.argsort(where * d + what)
     first, second = _pairs(np.bincount(where, minlength=J))
-    values = np.concatenate(value, axis=1)[:, order]
+    values = value[:, order]
     where, what = where[order].astype(np.int32), what[order]
-    cell = what[first] * start + what[second]
+    cell = what[first] * d + what[second]
     products = values[:, None, first] * values[None, :, second]
-    small = np.int32 if start < 46_000 else np.int64
+    small = np.int32 if d < 46_000 else np.int64
     return Cross(where, what.astype(np.int32), values, where[first], cell.astype(small), products)
 
 

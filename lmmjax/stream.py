@@ -40,6 +40,9 @@ __all__ = ["Encoder", "StreamedDesign", "StreamedTerm", "build_streamed"]
 
 Array = np.ndarray
 
+#: batches have fewer rows where X and Z have more columns than this
+WIDTH = 12
+
 
 def _no_rows(name: str) -> DataError:
     return DataError(
@@ -363,7 +366,9 @@ def _column_source(given: Any, what: str, table: Source) -> Node | None:
 def _sum(encoder: Encoder, table: Source, rows: int) -> Sums:
     if table.distributed is not None:
         return table.distributed(encoder)
-    return encoder.sum(table.batches(list(encoder.learned.columns), rows))
+    width = len(encoder.x_names) + sum(len(r.names) for r in encoder.random)
+    fewer = max(ROWS * WIDTH // max(width, WIDTH), 1 << 12)
+    return encoder.sum(table.batches(list(encoder.learned.columns), min(rows, fewer)))
 
 
 def _missing_alone(learned: Learned, table: Source, rows: int) -> dict[str, int]:

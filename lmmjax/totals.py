@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lmmjax import gram
+from lmmjax import cross, gram
 from lmmjax.covariance import covariance
 from lmmjax.errors import DesignError
 from lmmjax.gram import Gram, Plan, Rhs, Standardised, Units, shift_matrix
@@ -257,55 +257,79 @@ def exact(
     f, layout = totals.flat, plan.layout
     n, d, kept = int(f["n"]), layout.d, np.flatnonzero(keep)
     x, T = rough.x.moved(f["x"], f["xx"], n)
-    T = T[np.ix_(kept, kept)]
-    maps = []
-    B = []
-    for k, (shift, s) in enumerate(zip(rough.z, layout.structures, strict=True)):
-        z, U = shift.moved(f[f"z{k}"], f[f"zz{k}"], n, not s.scales)
-        maps.append(U)
-        B.append(z.matrix)
-    columns = np.concatenate([np.arange(d), d + kept])
+    moved = [
+        shift.moved(f[f"z{k}"], f[f"zz{k}"], n, not s.scales)
+        for k, (shift, s) in enumerate(zip(rough.z, layout.structures, strict=True))
+    ]
+    maps = [U for _, U in moved]
     g = _fit(f, d, kept, rough)
-    core, core_y, yy = f["core"], f["core_y"], float(f["yy"])
-    at = slice(d, d + layout.p)
-    yy = yy + 2 * float(g @ core_y[at]) + float(g @ core[at, at] @ g)
-    core_y = core_y + core[:, at] @ g
+    core_y, yy = _residual_products(f, d, g)
     size = float(np.sqrt(max(yy, 0.0) / n))
-    c = rough.scale * size
-    if not c > 1e-14 * float(np.sqrt(f["y2"] / n)):
+    if not rough.scale * size > 1e-14 * float(np.sqrt(f["y2"] / n)):
         raise DesignError(gram.EXACT_FIT)
-    M = np.zeros((len(columns), len(columns)))
-    M[:d, :d] = _core_map(plan, maps)
-    M[d:, d:] = T
-    core = M.T @ core[np.ix_(columns, columns)] @ M
-    core_y = M.T @ core_y[columns] / size
-    own, up, border, rhs_border = [], [], [], []
-    blocks = [_block([maps[k] for k in factor.terms]) for factor in plan.factors]
-    for i, arrays in enumerate(totals.levels):
-        U = blocks[i]
-        first, *ups, edge, zy = arrays
-        own.append(_both(U, first, U))
-        others = blocks[i + 1 : len(totals.levels)]
-        up.append(tuple(_both(U, block, V) for block, V in zip(ups, others, strict=True)))
-        zy = zy + np.tensordot(edge[:, at], g, axes=(1, 0))
-        rhs_border.append(U.T @ zy / size)
-        edge = edge if len(columns) == edge.shape[1] else edge[:, columns]
-        border.append(_both(U, edge, M))
-        arrays.clear()
+    columns = np.concatenate([np.arange(d), d + kept])
+    M = _block([_core_map(plan, maps), T[np.ix_(kept, kept)]])
+    levels, rhs_border = _moved_levels(totals, plan, maps, M, columns, g / size, size)
     chain = plan.factors[: plan.n_chain]
-    parent = tuple(
-        tuple(parents[c_.group, o.group] for o in chain[i + 1 :]) for i, c_ in enumerate(chain)
+    sums = Gram(
+        own=tuple(first for first, _, _ in levels),
+        up=tuple(ups for _, ups, _ in levels),
+        parent=tuple(
+            tuple(parents[a.group, b.group] for b in chain[i + 1 :]) for i, a in enumerate(chain)
+        ),
+        border=tuple(edge for _, _, edge in levels),
+        core=M.T @ f["core"][np.ix_(columns, columns)] @ M,
+        n=f["n"],
+        logdet_R=f["logdet_R"],
     )
-    a, mean, widths = x.a[kept], x.mean[kept], x.size[kept]
-    A = shift_matrix(a, mean, widths)
-    beta0 = rough.x.matrix @ (rough.coef - rough.scale * g)
-    beta0 = beta0[kept] + a * rough.shift
-    units = Units(
-        A, beta0, c, tuple(B), float(np.linalg.slogdet(A)[1]) if len(A) else 0.0, n, len(kept)
-    )
-    final = Plan(replace(layout, p=len(kept)), plan.factors)
-    sums = Gram(tuple(own), tuple(up), parent, tuple(border), core, f["n"], f["logdet_R"])
-    return final, units, sums, Rhs(tuple(rhs_border), core_y, np.float64(yy / size**2))
+    rhs = Rhs(rhs_border, M.T @ core_y[columns] / size, np.float64(yy / size**2))
+    A = shift_matrix(x.a[kept], x.mean[kept], x.size[kept])
+    beta0 = x.a * rough.shift + rough.x.matrix @ (rough.coef - rough.scale * g)
+    logdet = float(np.linalg.slogdet(A)[1]) if len(A) else 0.0
+    B = tuple(z.matrix for z, _ in moved)
+    units = Units(A, beta0[kept], rough.scale * size, B, logdet, n, len(kept))
+    final, sums = by_entry(Plan(replace(layout, p=len(kept)), plan.factors), sums)
+    return final, units, sums, rhs
+
+
+def _residual_products(f: dict[str, Array], d: int, g: Array) -> tuple[Array, float]:
+    """Products of the core's columns with y + X g, and its square."""
+    core, core_y = f["core"], f["core_y"]
+    yy = float(f["yy"]) + 2 * float(g @ core_y[d:]) + float(g @ core[d:, d:] @ g)
+    return core_y + core[:, d:] @ g, yy
+
+
+def _moved_levels(
+    totals: Totals, plan: Plan, maps: list[Array], M: Array, columns: Array, g: Array, size: float
+) -> tuple[list[tuple[Array, tuple[Array, ...], Array]], tuple[Array, ...]]:
+    """Own, up and border of each chain factor in new units, and the products with y/size + X g."""
+    blocks = [_block([maps[k] for k in f.terms]) for f in plan.factors[: plan.n_chain]]
+    d, out, rhs = plan.layout.d, [], []
+    for i, (U, arrays) in enumerate(zip(blocks, totals.levels, strict=True)):
+        first, *ups, edge, zy = arrays
+        arrays.clear()  # these are the largest arrays of a model
+        rhs.append(U.T @ (zy / size + np.tensordot(edge[:, d:], g, axes=(1, 0))))
+        moved = tuple(_both(U, up, V) for up, V in zip(ups, blocks[i + 1 :], strict=True))
+        edge = edge if len(columns) == edge.shape[1] else edge[:, columns]
+        out.append((_both(U, first, U), moved, _both(U, edge, M)))
+    return out, tuple(rhs)
+
+
+def by_entry(plan: Plan, sums: Gram) -> tuple[Plan, Gram]:
+    """Keep the chain's products with the core by entry where `gram.plan` would."""
+    layout, d = plan.layout, plan.layout.d
+    if len(layout.chain) != 1 or d <= gram.DENSE:
+        return plan, sums
+    border = sums.border[0]
+    _, S, J = layout.chain[0]
+    present = np.any(border[:, :d] != 0.0, axis=0)
+    per_level = present.sum(axis=0)
+    if not cross.pays(int(np.sum(per_level * (per_level + 1)) / 2), S, J, d):
+        return plan, sums
+    column, level = np.nonzero(present)
+    made = cross.from_entries(level, column, border[:, column, level], J, d)
+    sums = sums._replace(border=(border[:, d:].copy(),), cross=made)
+    return Plan(replace(layout, sparse=True), plan.factors), sums
 
 
 def _both(left: Array, block: Array, right: Array) -> Array:

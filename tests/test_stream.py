@@ -154,6 +154,16 @@ def test_equals_memory(formula: str, options: dict[str, Any]) -> None:
     same(streamed, lmm.Model(formula, frame, **options), tolerance)
 
 
+def test_crossed_factors_by_entry() -> None:
+    rng = np.random.default_rng(5)
+    n = 700
+    frame = pd.DataFrame({"y": rng.normal(size=n), "x": rng.normal(size=n)})
+    frame["a"], frame["b"] = rng.integers(0, 300, n), rng.integers(0, 40, n)
+    model = lmm.Model("y ~ x + (1 | a) + (1 | b)", frame)
+    assert model._plan.layout.sparse
+    same(build_streamed("y ~ x + (1 | a) + (1 | b)", arrow(frame), rows=100), model)
+
+
 # Sources --------------------------------------------------------------------------------------
 
 
