@@ -252,7 +252,7 @@ class Model:
         Parameters
         ----------
         method : {"REML", "ML"}
-        df : {"satterthwaite", "residual", "wald"}, optional
+        df : {"satterthwaite", "kenward-roger", "residual", "containment", "wald"}, optional
             Default degrees of freedom of the result's tests; Satterthwaite for mixed models,
             residual for linear ones.
         optimizer : {"newton", "lbfgs", "adam"} or optax transformation

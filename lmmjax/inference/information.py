@@ -201,7 +201,9 @@ def _weight(a: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Σ(I + aΣ)⁻¹ per level and Σ over levels of log|I + aΣ|: (S, S, J) -> (S, S, J), ()."""
     a = jnp.moveaxis(a, -1, 0)
     M = jnp.eye(a.shape[-1], dtype=a.dtype) + a @ sigma
-    H = jnp.swapaxes(jnp.linalg.solve(jnp.swapaxes(M, 1, 2), jnp.broadcast_to(sigma, M.shape)), 1, 2)
+    H = jnp.swapaxes(
+        jnp.linalg.solve(jnp.swapaxes(M, 1, 2), jnp.broadcast_to(sigma, M.shape)), 1, 2
+    )
     return jnp.moveaxis(H, 0, -1), jnp.sum(jnp.linalg.slogdet(M)[1])
 
 

@@ -79,22 +79,44 @@ def expected_information(e: Extended) -> np.ndarray:
 
 
 def observed_information(
-    e: Extended, sigma2: float, second: np.ndarray | None = None, method: str = "REML"
+    e: Extended, sigma2: float, method: str = "REML", curvature: np.ndarray | None = None
 ) -> np.ndarray:
     """Half the Hessian of the deviance in (V, ω), units of σ² = 1, (1 + K, 1 + K).
 
-    -½ tr(P G_i P G_j) + y'P G_i P G_j P y, with V⁻¹ instead of P in the trace for ML. ``second``
-    are half the derivatives of the criterion along ∂²V, zero where V is linear.
+    -½ tr(P G_i P G_j) + y'P G_i P G_j P y, with V⁻¹ instead of P in the trace for ML. ``curvature``
+    is :func:`curvature`'s, None where V is linear.
     """
     p = e.p
     Sv = e.S1 @ e.v
     quadratic = np.einsum("m,ijmn,n->ij", e.v, e.S2, e.v)
     quadratic = quadratic - Sv[:, :p] @ e.M @ Sv[:, :p].T
     trace = 2 * expected_information(e) if method == "REML" else e.trace2
-    out = -0.5 * trace + quadratic / sigma2
-    if second is not None:
-        out[1:, 1:] += second
-    return out
+    return -0.5 * trace + quadratic / sigma2 + (0.0 if curvature is None else curvature)
+
+
+def curvature(
+    e: Extended, second: Tables, along: np.ndarray, sigma2: float, method: str
+) -> np.ndarray:
+    """What ∂²V/∂ω_i∂ω_j adds to the observed information, (1 + K, 1 + K); 0 where V is linear.
+
+    Half the criterion's derivatives along them, ½[tr(P G_ij) - y'P G_ij P y]. ``second`` are the
+    tables for the K² directions ∂²Σ/∂ω_i∂ω_j.
+    """
+    K, p = len(along), e.p
+    S1 = np.asarray(second.S1)
+    trace = np.asarray(second.trace1)
+    if method == "REML":
+        trace = trace - np.einsum("ab,iab->i", e.M, S1[:, :p, :p])
+    along_v = np.einsum("m,imn,n->i", e.v, S1, e.v) / sigma2
+    T = to_sigma2(along)[1:]
+    return T.T @ (0.5 * (trace - along_v)).reshape(K, K) @ T
+
+
+def to_sigma2(along: np.ndarray) -> np.ndarray:
+    """Jacobian of (σ², ω) in the parameters (V, ω): raising V by itself raises every ω too."""
+    T = np.eye(1 + len(along))
+    T[1:, 0] = along
+    return T
 
 
 def inverse(information: np.ndarray) -> np.ndarray:
@@ -106,7 +128,7 @@ def inverse(information: np.ndarray) -> np.ndarray:
 
 
 def adjust(
-    e: Extended, sigma2: float, information: np.ndarray, second: np.ndarray | None = None
+    e: Extended, sigma2: float, information: np.ndarray, R: np.ndarray | None = None
 ) -> Adjustment:
     """Φ, Φ_A and what the tests need, in units where σ² has the value ``sigma2``.
 
@@ -116,18 +138,26 @@ def adjust(
     sigma2 : float
     information : (1 + K, 1 + K)
         In units of σ² = 1, for the parameters (V, ω).
-    second : (p, p), optional
-        Σ_ij W_ij R_ij, for structures that are not linear.
+    R : (1 + K, 1 + K, p, p), optional
+        R_ij of structures that are not linear, in the same parameters; see :func:`second_order`.
     """
     p, W = e.p, inverse(information)
     S1, S2 = e.S1[:, :p, :p], e.S2[:, :, :p, :p]
     inner = np.einsum("ij,ijab->ab", W, S2)
     inner = inner - np.einsum("ij,iab,bc,jcd->ad", W, S1, e.M, S1, optimize=True)
-    if second is not None:
-        inner = inner - 0.25 * second
+    if R is not None:
+        inner = inner - 0.25 * np.einsum("ij,ijab->ab", W, R)
     adjusted = e.M + 2 * e.M @ inner @ e.M
     slopes = -e.M @ S1 @ e.M
     return Adjustment(sigma2 * e.M, sigma2 * 0.5 * (adjusted + adjusted.T), sigma2 * slopes, W)
+
+
+def second_order(second: Tables, along: np.ndarray) -> np.ndarray:
+    """R_ij = X'V⁻¹(∂²V/∂ω_i∂ω_j)V⁻¹X in the parameters (V, ω), (1 + K, 1 + K, p, p)."""
+    K, m = len(along), second.S1.shape[-1]
+    R = np.asarray(second.S1).reshape(K, K, m, m)[..., : m - 1, : m - 1]
+    T = to_sigma2(along)[1:]
+    return np.einsum("ki,klab,lj->ijab", T, R, T, optimize=True)
 
 
 def change_units(a: Adjustment, back: np.ndarray) -> Adjustment:
@@ -137,7 +167,7 @@ def change_units(a: Adjustment, back: np.ndarray) -> Adjustment:
 
 
 def f_distribution(a: Adjustment, L: np.ndarray) -> tuple[float, float]:
-    """Denominator degrees of freedom m and scaling λ for the hypothesis with rows ``L`` (full rank).
+    """Degrees of freedom m and scaling λ of F for the hypothesis with rows ``L`` (full rank).
 
     Kenward and Roger (1997), section 3, with the convention of pbkrtest where m is near 2.
     """

@@ -104,7 +104,7 @@ class Directions(NamedTuple):
     nonlinear: bool
 
 
-def directions(layout: Layout, lams: list[np.ndarray]) -> tuple[Directions, list[Tangent]]:
+def directions(layout: Layout, lams: list[np.ndarray]) -> Directions:
     """The parameters of a whole model at its factors Λ, terms in formula order."""
     sigmas = [lam @ lam.T for lam in lams]
     tangents = [tangent(s, x) for s, x in zip(layout.structures, sigmas, strict=True)]
@@ -124,7 +124,7 @@ def directions(layout: Layout, lams: list[np.ndarray]) -> tuple[Directions, list
         second.append(F)
         blocks.append(block)
     nonlinear = any(bool(np.any(t.second)) for t in tangents)
-    return Directions(first, second, blocks, _along(tangents, sigmas), nonlinear), tangents
+    return Directions(first, second, blocks, _along(tangents, sigmas), nonlinear)
 
 
 def _along(tangents: list[Tangent], sigmas: list[np.ndarray]) -> np.ndarray:
