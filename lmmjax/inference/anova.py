@@ -1,6 +1,6 @@
 r"""Hypotheses Lβ = 0 of a term, of types I, II and III (Goodnight 1978, SAS report R-101).
 
-With X'X = R'DR, R unit upper triangular, the rows of R that belong to a term are its type I hypothesis:
+With X'X = R'DR, R unit upper triangular, the rows of R that belong to a term are its type I test:
 the term adjusted for those before it. Type II is the same after moving a term's containers behind
 it, so that it is adjusted for every term that does not contain it. Type III lives in the
 parametrisation with a dummy for every level, D = XA: the estimable functions that involve only the
@@ -89,6 +89,8 @@ def _sequential(root: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 def _type_two(design: Design, root: np.ndarray, label: str) -> np.ndarray:
     containers = [t for t in _labels(design) if contains(design, t, label)]
+    if not containers:
+        return np.eye(design.p)[_columns(design, label)]
     late = {label, *containers}
     first = [j for t in design.x_terms if t not in late for j in _columns(design, t)]
     own = list(_columns(design, label))
