@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -460,7 +461,7 @@ class InferenceMethods:
         the_gram, rhs = fit.model._standard[2:]
         theta = jnp.asarray(fit._theta_s)
         found = tables(fit.model._plan.layout, theta, the_gram, rhs, d.sigmas, E)
-        return Tables(*(np.asarray(a) for a in found))
+        return jax.tree.map(np.asarray, found)
 
     @cached_property
     def _variance_tables(self) -> tuple[kr.Extended, Directions, float]:
