@@ -39,14 +39,11 @@ class Grid:
         Level of each factor in each cell; the first factor varies fastest.
     rows : (m, p)
         Model rows of the cells; NaN where a cell is not estimable.
-    weights : (m,)
-        Rows of the data in each combination of factors.
     """
 
     factors: dict[str, list[str]]
     cells: np.ndarray
     rows: np.ndarray
-    counts: np.ndarray
 
 
 def numeric_columns(design: Design) -> list[str]:
@@ -98,9 +95,8 @@ def build(
     )
     full = design.spec.fixed_columns(frame)
     where = [list(values).index(c) for c in factors]
-    counts = _counts(design, {c: v for c, v in factors.items() if c in observed}, index, values)
     shown = {c: [label(x) for x in v] for c, v in factors.items()}
-    return Grid(shown, index[:, where], estimable_rows(design, full), counts)
+    return Grid(shown, index[:, where], estimable_rows(design, full))
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -143,23 +139,24 @@ def _column(series: pd.Series, values: list[Any], codes: np.ndarray) -> pd.Serie
     return out.astype(series.dtype) if isinstance(series.dtype, pd.CategoricalDtype) else out
 
 
-def _counts(
-    design: Design, factors: dict[str, list[Any]], index: np.ndarray, values: dict[str, list[Any]]
-) -> np.ndarray:
-    """How many rows of the data have each cell's combination of factor levels."""
-    cell_code, row_code = np.zeros(len(index), int), np.zeros(design.n, int)
+def counts(design: Design, grid: Grid) -> np.ndarray:
+    """How many rows of the data have each cell's combination of factor levels, (m,)."""
+    import pandas as pd
+
+    covariates = set(numeric_columns(design))
+    cell, row = np.zeros(len(grid.cells), int), np.zeros(design.n, int)
     known = np.ones(design.n, bool)
-    for name, levels in factors.items():
-        place = {label(x): i for i, x in enumerate(levels)}
-        uniques, inverse = np.unique(
-            design.columns[name].astype(object).map(label), return_inverse=True
-        )
-        codes = np.array([place.get(u, -1) for u in uniques], int)[inverse]
+    for i, (name, levels) in enumerate(grid.factors.items()):
+        if name in covariates:
+            continue
+        codes, uniques = pd.factorize(design.columns[name])
+        place = {level: j for j, level in enumerate(levels)}
+        codes = np.array([place.get(label(u), -1) for u in uniques], int)[codes]
         known &= codes >= 0
-        row_code = row_code * len(levels) + codes
-        cell_code = cell_code * len(levels) + index[:, list(values).index(name)]
-    sums = np.bincount(row_code[known], minlength=int(cell_code.max(initial=0)) + 1)
-    return sums[cell_code].astype(float)
+        row = row * len(levels) + codes
+        cell = cell * len(levels) + grid.cells[:, i]
+    sums = np.bincount(row[known], minlength=int(cell.max(initial=0)) + 1)
+    return sums[cell].astype(float)
 
 
 def estimable_rows(design: Design, full: np.ndarray) -> np.ndarray:

@@ -142,10 +142,18 @@ def _core_trace(layout: Layout, A_cc: jax.Array, E: list[jax.Array]) -> jax.Arra
 # -- the elimination in Σ, differentiated -------------------------------------------------------
 
 
+#: axes of directions, and whether [X y] follows, of the tables after S
+_EMPTY = ((1, 0), (2, 0), (1, 1), (2, 1))
+
+
 def by_autodiff(
     layout: Layout, gram: Gram, rhs: Rhs, sigmas: list[jax.Array], E: list[jax.Array]
 ) -> Tables:
     """The same tables by differentiating :func:`reduce_sigmas` along the directions."""
+    if not E:
+        _, S = reduce_sigmas(layout, [], gram, rhs)
+        none = [jnp.zeros((*(0,) * k, *S.shape[: m * 2]), S.dtype) for k, m in _EMPTY]
+        return Tables(S, *none)
     K = E[0].shape[0]
 
     def f(w: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -52,11 +52,10 @@ def averages(
     design: Design, names: Sequence[str], weights: str, at: Mapping[str, Any] | None
 ) -> Combinations:
     """Marginal averages of the grid over all factors that are not named."""
-    grid = grids.build(design, at)
-    return _average(grid, names, weights)
+    return _average(design, grids.build(design, at), names, weights)
 
 
-def _average(grid: grids.Grid, names: Sequence[str], weights: str) -> Combinations:
+def _average(design: Design, grid: grids.Grid, names: Sequence[str], weights: str) -> Combinations:
     if weights not in WEIGHTS:
         raise LmmError(f"weights={weights!r} is unknown; expected 'equal' or 'proportional'.")
     known = list(grid.factors)
@@ -68,7 +67,7 @@ def _average(grid: grids.Grid, names: Sequence[str], weights: str) -> Combinatio
             )
     mine = [known.index(n) for n in names]
     rest = [i for i in range(len(known)) if i not in mine]
-    w = _weights(grid, rest) if weights == "proportional" else np.ones(len(grid.cells))
+    w = _weights(design, grid, rest) if weights == "proportional" else np.ones(len(grid.cells))
     shapes = [range(len(grid.factors[n])) for n in names]
     levels, rows = [], []
     for combination in itertools.product(*reversed(shapes)):
@@ -80,11 +79,11 @@ def _average(grid: grids.Grid, names: Sequence[str], weights: str) -> Combinatio
     return Combinations(tuple(names), levels, np.array(rows))
 
 
-def _weights(grid: grids.Grid, rest: list[int]) -> np.ndarray:
+def _weights(design: Design, grid: grids.Grid, rest: list[int]) -> np.ndarray:
     """Frequency of the combinations of the factors that are averaged over."""
     _, inverse = np.unique(grid.cells[:, rest], axis=0, return_inverse=True)
     inverse = inverse.ravel()
-    return np.bincount(inverse, grid.counts)[inverse]
+    return np.bincount(inverse, grids.counts(design, grid))[inverse]
 
 
 def trends(
@@ -98,8 +97,8 @@ def trends(
         )
     column = design.columns[var].to_numpy(float)
     step = STEP * float(np.ptp(column))
-    up = _average(grids.build(design, at, {var: step}), names, weights)
-    down = _average(grids.build(design, at, {var: -step}), names, weights)
+    up = _average(design, grids.build(design, at, {var: step}), names, weights)
+    down = _average(design, grids.build(design, at, {var: -step}), names, weights)
     return up._replace(L=(up.L - down.L) / (2 * step))
 
 
