@@ -17,7 +17,7 @@ import numpy as np
 from lmmjax import estimate, tables
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
 from lmmjax.gram import Rhs
-from lmmjax.inference.hypothesis import check_df
+from lmmjax.inference.hypothesis import check_df, check_information
 from lmmjax.inference.methods import InferenceMethods
 from lmmjax.optimize import CONVERGED, FLAT_STOP, STATUS, newton_decrement
 from lmmjax.precision import in_float64
@@ -82,6 +82,7 @@ class Fit(InferenceMethods):
     _hessian_s: np.ndarray = field(repr=False)
     _beta: np.ndarray = field(repr=False)
     _unscaled_vcov: np.ndarray = field(repr=False)
+    information: str = "expected"  # of Kenward-Roger, by default
 
     # -- numbers ------------------------------------------------------------------------------
 
@@ -387,7 +388,15 @@ def _diagonal(model: Model) -> np.ndarray:
 
 
 @in_float64
-def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, start: Any) -> Fit:
+def fit_model(
+    model: Model,
+    method: str,
+    *,
+    df: str | None,
+    optimizer: Any,
+    start: Any,
+    information: str = "expected",
+) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
     from lmmjax.design import check_identifiable
 
@@ -427,6 +436,7 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
         _hessian_s=hessian,
         _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float),
         _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float) @ units.A.T,
+        information=check_information(information),
     )
     if not converged:
         warnings.warn(fit.message, ConvergenceWarning, stacklevel=4)

@@ -246,6 +246,7 @@ class Model:
         df: str | None = None,
         optimizer: Any = "newton",
         start: Any = None,
+        information: str = "expected",
     ) -> Fit:
         """Estimate by restricted or plain maximum likelihood.
 
@@ -260,6 +261,9 @@ class Model:
         start : array, shape (n_theta,), optional
             θ to start from, in the units of the data; no parameter may be 0.
 
+        information : {"expected", "observed"}
+            Which information matrix Kenward-Roger takes by default: as pbkrtest, or as SAS.
+
         Returns
         -------
         Fit
@@ -270,7 +274,14 @@ class Model:
         """
         from lmmjax.fit import fit_model
 
-        return fit_model(self, check_method(method), df=df, optimizer=optimizer, start=start)
+        return fit_model(
+            self,
+            check_method(method),
+            df=df,
+            optimizer=optimizer,
+            start=start,
+            information=information,
+        )
 
     def sample(self, method: str = "nuts", **options: Any) -> Posterior:
         """Draw from the posterior; see :func:`lmmjax.bayes.sample.sample_model`."""

@@ -17,6 +17,7 @@ from designs import layouts, problem, random_theta
 from reference_cases import REFERENCE, case_contrasts, case_data, case_ids, load_case, numbers
 
 import lmmjax as lmm
+from lmmjax import gram as grams
 from lmmjax import likelihood as lk
 from lmmjax.errors import EstimabilityWarning, LmmError
 from lmmjax.inference import adjust, anova, components, hypothesis, information, linear, words
@@ -250,7 +251,7 @@ def test_tables_equal_dense_ones(name: str, route: str) -> None:
         else:
             by = jax.jit(information.by_autodiff, static_argnums=0)
             got = by(plan.layout, gram, rhs, directions.sigmas, directions.first)
-    standard = lmm.gram.standardise(d)
+    standard = grams.standardise(d)
     for t, z in zip(d.terms, standard.Z, strict=True):
         t.z = z
     structures = plan.layout.structures
@@ -319,6 +320,8 @@ def test_the_df_of_the_fit_is_the_default() -> None:
     fit = case_fit("sleepstudy_slope_reml").model.fit(df="kenward-roger")
     pd.testing.assert_frame_equal(fit.coef_table(), fit.coef_table(df="kenward-roger"))
     pd.testing.assert_frame_equal(fit.anova(), fit.anova(df="kenward-roger"))
+    as_sas = fit.model.fit(df="kenward-roger", information="observed").coef_table()
+    pd.testing.assert_frame_equal(as_sas, fit.coef_table(information="observed"))
     with pytest.raises(LmmError, match="expected one of"):
         fit.coef_table(df="kenwardroger")
     with pytest.raises(LmmError, match="'observed'"):
@@ -712,3 +715,41 @@ def test_containment_of_terms_is_used_by_anova() -> None:
     own = fit._containment.terms[1:]
     np.testing.assert_allclose(table["den_df"], own)
     assert anova.contains(fit.model.design, "sex:Treatment", "sex")
+
+
+def test_tables_lower_for_cuda() -> None:
+    for name in ("crossed", "nested"):
+        d = make_design(layouts(60)[name], 60, 2)
+        plan, _, gram, rhs = problem(d)
+        theta = random_theta(d)
+        lams = [np.asarray(a, float) for a in lk.factors(plan.layout, theta)]
+        where = linear.directions(plan.layout, lams)
+        with lmm.float64():
+            lowered = jax.jit(information.tables.__wrapped__, static_argnums=0).trace(
+                plan.layout, theta, gram, rhs, where.sigmas, where.first
+            )
+            assert "stablehlo" in lowered.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.slow
+def test_type_one_error_of_a_group_level_effect() -> None:
+    """Six groups of unequal size: Wald rejects too often, the small-sample methods do not."""
+    rng = np.random.default_rng(11)
+    n_rep = 600
+    g = np.repeat(np.arange(6), [3, 4, 5, 6, 7, 8])
+    x = np.array([0.0, 0, 0, 1, 1, 1])[g]
+    methods = ("wald", "satterthwaite", "kenward-roger")
+    rejected = dict.fromkeys(methods, 0)
+    for _ in range(n_rep):
+        y = rng.normal(size=6)[g] + rng.normal(size=len(g))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lmm.SingularFitWarning)
+            frame = pd.DataFrame({"y": y, "x": x, "g": g.astype(str)})
+            fit = lmm.Model("y ~ x + (1 | g)", frame).fit()
+        for m in methods:
+            rejected[m] += fit.coef_table(df=m)["p_value"]["x"] < 0.05
+    error = np.sqrt(0.05 * 0.95 / n_rep)
+    rate = {m: r / n_rep for m, r in rejected.items()}
+    assert rate["wald"] > 0.05 + 4 * error
+    assert abs(rate["kenward-roger"] - 0.05) < 3 * error
+    assert rate["satterthwaite"] < rate["wald"] - 3 * error

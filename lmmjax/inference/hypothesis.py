@@ -133,8 +133,18 @@ def check_df(df: str, fitted_by: str = "REML") -> str:
     return df
 
 
+def check_information(information: str) -> str:
+    """Refuse an unknown information matrix for Kenward-Roger."""
+    if information not in kr.INFORMATION:
+        raise LmmError(
+            f"information={information!r} is unknown; expected 'expected' (pbkrtest) or 'observed' "
+            "(SAS)."
+        )
+    return information
+
+
 def method(
-    fit: Fit, df: str | None = None, information: str = "expected", second_order: bool = True
+    fit: Fit, df: str | None = None, information: str | None = None, second_order: bool = True
 ) -> Method:
     """The method called ``df`` (the fit's own by default) for a fit.
 
@@ -144,11 +154,7 @@ def method(
         Unknown names; Kenward-Roger for ML fits; containment for crossed factors.
     """
     name = check_df(fit.df if df is None else df, fit.method)
-    if information not in kr.INFORMATION:
-        raise LmmError(
-            f"information={information!r} is unknown; expected 'expected' (pbkrtest) or 'observed' "
-            "(SAS)."
-        )
+    information = check_information(fit.information if information is None else information)
     V = fit.sigma**2 * fit._unscaled_vcov
     if not fit.model.is_mixed and name != "wald":
         name = "residual"  # V = σ²R has one parameter: every method gives n - p

@@ -45,7 +45,7 @@ class InferenceMethods:
         self,
         kind: str = "model",
         *,
-        information: str = "expected",
+        information: str | None = None,
         second_order: bool = True,
         group: Any = None,
         correction: str = "CR2",
@@ -57,8 +57,8 @@ class InferenceMethods:
         kind : {"model", "kenward-roger", "robust"}
             σ²(X'V⁻¹X)⁻¹ at the estimates; Kenward and Roger's adjustment of it (REML only); the
             sandwich by group.
-        information : {"expected", "observed"}
-            For Kenward-Roger: as pbkrtest, or as SAS.
+        information : {"expected", "observed"}, optional
+            For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's.
         second_order : bool
             For Kenward-Roger: include the second derivatives of V. They are zero for all structures
             but ``cs`` with own variances, since V is linear in variances and covariances.
@@ -100,7 +100,7 @@ class InferenceMethods:
         df: str | None = None,
         level: float = 0.95,
         *,
-        information: str = "expected",
+        information: str | None = None,
         second_order: bool = True,
         vcov: str | None = None,
         group: Any = None,
@@ -160,7 +160,7 @@ class InferenceMethods:
         df: str | None = None,
         joint: bool = True,
         *,
-        information: str = "expected",
+        information: str | None = None,
         second_order: bool = True,
         level: float = 0.95,
     ) -> pd.DataFrame:
@@ -205,7 +205,7 @@ class InferenceMethods:
         type: int | str = 3,
         df: str | None = None,
         *,
-        information: str = "expected",
+        information: str | None = None,
         second_order: bool = True,
     ) -> pd.DataFrame:
         """F tests of the fixed terms.
@@ -260,7 +260,7 @@ class InferenceMethods:
         *,
         at: Mapping[str, Any] | None = None,
         level: float = 0.95,
-        information: str = "expected",
+        information: str | None = None,
         second_order: bool = True,
     ) -> pd.DataFrame:
         """Estimated marginal means of factors.
@@ -305,7 +305,7 @@ class InferenceMethods:
         *,
         at: Mapping[str, Any] | None = None,
         level: float = 0.95,
-        information: str = "expected",
+        information: str | None = None,
         second_order: bool = True,
     ) -> pd.DataFrame:
         """Slopes in a covariate for each level of ``by``, at the other covariates' means.
@@ -333,7 +333,7 @@ class InferenceMethods:
         trend: str | None = None,
         weights: str = "equal",
         at: Mapping[str, Any] | None = None,
-        information: str = "expected",
+        information: str | None = None,
         second_order: bool = True,
     ) -> pd.DataFrame:
         """Contrasts of marginal means, or of trends.
