@@ -345,19 +345,23 @@ class Model:
         df: str | None = None,
         optimizer: Any = "newton",
         start: Any = None,
+        information: str = "expected",
     ) -> Fit:
         """Estimate by restricted or plain maximum likelihood.
 
         Parameters
         ----------
         method : {"REML", "ML"}
-        df : {"satterthwaite", "residual", "wald"}, optional
+        df : {"satterthwaite", "kenward-roger", "residual", "containment", "wald"}, optional
             Default degrees of freedom of the result's tests; Satterthwaite for mixed models,
             residual for linear ones.
         optimizer : {"newton", "lbfgs", "adam"} or optax transformation
             Trust-region Newton on exact derivatives by default; all minimise the same objective.
         start : array, shape (n_theta,), optional
             θ to start from, in the units of the data; no parameter may be 0.
+
+        information : {"expected", "observed"}
+            Which information matrix Kenward-Roger takes by default: as pbkrtest, or as SAS.
 
         Returns
         -------
@@ -369,7 +373,14 @@ class Model:
         """
         from lmmjax.fit import fit_model
 
-        return fit_model(self, check_method(method), df=df, optimizer=optimizer, start=start)
+        return fit_model(
+            self,
+            check_method(method),
+            df=df,
+            optimizer=optimizer,
+            start=start,
+            information=information,
+        )
 
     def sample(self, method: str = "nuts", **options: Any) -> Posterior:
         """Draw from the posterior; see :func:`lmmjax.bayes.sample.sample_model`."""
