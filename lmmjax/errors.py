@@ -35,3 +35,7 @@ class ConvergenceWarning(UserWarning):
 
 class SingularFitWarning(UserWarning):
     """A variance component or a correlation is on the boundary of its range."""
+
+
+class ResidualWarning(UserWarning):
+    """Positions of a residual structure are doubtful, or its parameters are not identified."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from lmmjax import estimate, tables
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
-from lmmjax.gram import Rhs
+from lmmjax.gram import Gram, Rhs
 from lmmjax.optimize import CONVERGED, FLAT_STOP, STATUS, newton_decrement
 from lmmjax.precision import in_float64
 from lmmjax.simulate import simulate
@@ -54,6 +54,8 @@ class Fit:
         Residual standard deviation (of a row of weight 1).
     theta : ndarray (n_theta,)
         Relative covariance parameters, terms in formula order, each column-major (lme4).
+    phi : ndarray (n_phi,)
+        Free parameters of the residual structure; :meth:`residual_params` has them as reported.
     loglik, deviance : float
         (Restricted) log-likelihood, and -2 times it.
     converged, singular : bool
@@ -82,6 +84,8 @@ class Fit:
     _hessian_s: np.ndarray = field(repr=False)
     _beta: np.ndarray = field(repr=False)
     _unscaled_vcov: np.ndarray = field(repr=False)
+    phi: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
+    _residual_sd: float = 1.0  # S of the row that σ refers to, in the units of the source
 
     # -- numbers ------------------------------------------------------------------------------
 
@@ -105,7 +109,7 @@ class Fit:
     @property
     def n_params(self) -> int:
         """Fixed effects, covariance parameters and σ."""
-        return len(self._beta) + len(self.theta) + 1
+        return len(self._beta) + len(self.theta) + len(self.phi) + 1
 
     @property
     def aic(self) -> float:
@@ -186,15 +190,32 @@ class Fit:
     @cached_property
     @in_float64
     def _vcov_derivative(self) -> tuple[np.ndarray, np.ndarray]:
-        the_gram, rhs = self.model._standard[2:]
-        V, dV = estimate.vcov_and_derivative(
-            self.model._plan.layout, self.method, jnp.asarray(self._theta_s), the_gram, rhs
-        )
+        layout = self.model._plan.layout
+        if self.model.is_structured:
+            from lmmjax.residual import program
+
+            free = jnp.asarray(np.concatenate([self._theta_s, self.phi]))
+            V, dV = program.vcov_and_derivative(layout, self.method, free, self.model._prepared[2])
+        else:
+            V, dV = estimate.vcov_and_derivative(
+                layout, self.method, jnp.asarray(self._theta_s), *self._products
+            )
         units = self.model._units
         back = units.scale * units.A
         return back @ np.asarray(V) @ back.T, np.einsum(
             "ia,abk,jb->ijk", back, np.asarray(dV), back
         )
+
+    @cached_property
+    @in_float64
+    def _products(self) -> tuple[Gram, Rhs]:
+        """Cross-products at the estimated residual parameters (constants where there are none)."""
+        if not self.model.is_structured:
+            return self.model._standard[2:]
+        from lmmjax.residual import program
+
+        arrays = program.crossproducts(self.model._prepared[2], jnp.asarray(self.phi))
+        return jax.tree.map(np.asarray, arrays)
 
     # -- variance components ----------------------------------------------------------------------
 
@@ -214,10 +235,18 @@ class Fit:
         return [self.sigma**2 * lam @ lam.T for lam in self.model._factors(self.theta)]
 
     def residual_params(self) -> pd.Series:
-        """Parameters of the residual structure; empty for independent residuals."""
+        """Parameters of the residual structure by name; empty for independent residuals.
+
+        ``phi rho phi1 theta1 rho[a,b] range nugget sd_ratio[level] delta``: with unequal variances
+        σ is the SD of the first level or position (of |x| = 1 for varpower, x = 0 for varexp).
+        """
         import pandas as pd
 
-        return pd.Series(dtype=float, name="estimate")
+        if not self.model.is_structured:
+            return pd.Series(dtype=float, name="estimate")
+        from lmmjax.residual.intervals import natural
+
+        return pd.Series(natural(self), index=self.model.phi_names, name="estimate")
 
     # -- random effects -------------------------------------------------------------------------
 
@@ -225,15 +254,16 @@ class Fit:
     @in_float64
     def _effects(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Per group: BLUPs (J, S) and conditional covariances (J, S, S), in the data's units."""
-        the_gram, rhs = self.model._standard[2:]
+        the_gram, rhs = self._products
         layout = self.model._plan.layout
+        sigma = self.sigma / self._residual_sd
         b, cov = estimate.effects(layout, the_gram, rhs, jnp.asarray(self._theta_s))
         out = {}
         for factor, b_f, cov_f in zip(self.model._plan.factors, b, cov, strict=True):
             B = _block_diagonal([self.model._units.B[k] for k in factor.terms])
             C = np.moveaxis(np.asarray(cov_f), -1, 0)
             values = self.model._units.scale * np.asarray(b_f).T @ B.T
-            out[factor.group] = (values, self.sigma**2 * B @ C @ B.T)
+            out[factor.group] = (values, sigma**2 * B @ C @ B.T)
         return out
 
     def _group(self, group: str | None) -> tuple[str, list[str], list[str]]:
@@ -300,8 +330,9 @@ class Fit:
         Parameters
         ----------
         kind : {"response", "pearson", "normalized"}
-            y - ŷ; divided by the row's SD σ/√w; multiplied by the inverse Cholesky factor of the
-            residual covariance (the same as Pearson for independent errors).
+            y - ŷ; divided by the row's SD σ S/√w; that multiplied by the inverse of the lower
+            Cholesky factor of the subject's residual correlation, in row order (the same as Pearson
+            for independent errors).
         """
         import pandas as pd
 
@@ -310,10 +341,15 @@ class Fit:
                 f"residuals(kind={kind!r}) is unknown; expected 'response', 'pearson' or "
                 "'normalized'."
             )
+        from lmmjax.residual.covariance import normalise, relative_sd
+
         design = self.model.design
         values = design.y - self.fitted().to_numpy()
         if kind != "response":
-            values = values * np.sqrt(design.weights) / self.sigma
+            sd = relative_sd(design.residual, self.phi, design.weights)
+            values = values / (self.sigma * sd)
+        if kind == "normalized":
+            values = normalise(design.residual, self.phi, values)
         return pd.Series(values, index=design.rows, name="residual")
 
     def predict(
@@ -355,15 +391,17 @@ class Fit:
     @in_float64
     def _prediction_variance(self, rows: Rhs) -> np.ndarray:
         """Var / σ² of prediction errors for rows in standardised units (leading axis)."""
-        the_gram = self.model._standard[2]
         layout = self.model._plan.layout
         theta = jnp.asarray(self._theta_s)
-        return np.asarray(estimate.unscaled_prediction_variance(layout, theta, the_gram, rows))
+        variance = estimate.unscaled_prediction_variance(layout, theta, self._products[0], rows)
+        return np.asarray(variance) / self._residual_sd**2
 
     def simulate(self, n: int = 1, seed: int = 0) -> pd.DataFrame:
         """Simulate responses from the fit, with new random effects and residuals: (n_obs, n)."""
         lams = self.model._factors(self.theta)
-        return simulate(self.model.design, self._beta, lams, self.sigma, n=n, seed=seed)
+        return simulate(
+            self.model.design, self._beta, lams, self.sigma, n=n, seed=seed, phi=self.phi
+        )
 
     def marginal_cov(self, level: Any, group: str | None = None) -> MarginalCov:
         """V_i = Z_i D Z_i' + Σ_i of one subject, and its correlation matrix.
@@ -374,7 +412,7 @@ class Fit:
             A level of ``group``.
         group : str, optional
             May be left out where the model has one grouping factor, or a nested hierarchy (then
-            the outermost).
+            the outermost). The residual subjects count as a group.
 
         Raises
         ------
@@ -383,7 +421,9 @@ class Fit:
         """
         from lmmjax.marginal import marginal_cov
 
-        cov, corr = marginal_cov(self.model.design, self._term_covs(), self.sigma, level, group)
+        cov, corr = marginal_cov(
+            self.model.design, self._term_covs(), self.sigma, level, group, self.phi
+        )
         return MarginalCov(cov, corr)
 
     # -- people ---------------------------------------------------------------------------------
@@ -434,21 +474,24 @@ def _optimizer_key(optimizer: Any) -> tuple[Any, str]:
 
 def _start(model: Model, start: Any) -> np.ndarray:
     if start is None:
-        return estimate.start(model._plan.layout)
+        first = estimate.start(model._plan.layout)
+        residual = model.design.residual
+        return first if residual is None else np.append(first, residual.structure.start())
     theta = np.asarray(start, float)
-    expected = len(model.theta_names)
-    if theta.shape != (expected,) or not np.all(np.isfinite(theta)):
+    names = [*model.theta_names, *model.phi_names]
+    if theta.shape != (len(names),) or not np.all(np.isfinite(theta)):
         raise DataError(
-            f"start has shape {theta.shape}; expected ({expected},) finite values, one for each "
-            f"of {model.theta_names}."
+            f"start has shape {theta.shape}; expected ({len(names)},) finite values, one for each "
+            f"of {names}."
         )
+    theta, phi = np.split(theta, [len(model.theta_names)])
     theta_s = model._theta_standard(theta)
     if np.any(np.abs(theta_s[_diagonal(model)]) < SINGULAR_TOLERANCE):
         raise DataError(
             "start has a variance of 0, where the gradient is 0 whatever the data; expected "
             "positive relative SDs. Use small positive values, 0.1 say."
         )
-    return theta_s
+    return np.concatenate([theta_s, phi])
 
 
 def _diagonal(model: Model) -> np.ndarray:
@@ -467,17 +510,17 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
     from lmmjax.design import check_identifiable
 
     check_identifiable(model.design)
-    df = check_df(df) if df is not None else ("satterthwaite" if model.is_mixed else "residual")
+    uncertain = model.is_mixed or model.is_structured
+    df = check_df(df) if df is not None else ("satterthwaite" if uncertain else "residual")
     key, name = _optimizer_key(optimizer)
-    the_gram, rhs = model._arrays()
     layout, units = model._plan.layout, model._units
     theta0 = jnp.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
-    best, est = jax.block_until_ready(
-        estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
-    )
+    best, est = jax.block_until_ready(_optimise(model, method, theta0, key))
     seconds = time.perf_counter() - began
-    theta_s, hessian = np.asarray(best.theta, float), np.asarray(best.hessian, float)
+    theta_s, phi = np.split(np.asarray(best.theta, float), [layout.n_theta])
+    sd = _residual_sd(model, phi)
+    hessian = np.asarray(best.hessian, float)
     boundary = _boundary(model, theta_s)
     converged, words = _judge(best, hessian, method, model.dtype)
     fit = Fit(
@@ -485,8 +528,8 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
         method=method,
         df=df,
         optimizer=name,
-        theta=model._theta_public(theta_s),
-        sigma=units.scale * math.sqrt(float(est.sigma2)),
+        theta=model._theta_public(theta_s, sd),
+        sigma=units.scale * math.sqrt(float(est.sigma2)) * sd,
         loglik=-0.5 * (float(best.value) + units.constant(method)),
         converged=converged,
         singular=bool(boundary),
@@ -497,13 +540,32 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
         _theta_s=theta_s,
         _hessian_s=hessian,
         _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float),
-        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float) @ units.A.T,
+        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float) @ units.A.T / sd**2,
+        phi=phi,
+        _residual_sd=sd,
     )
     if not converged:
         warnings.warn(fit.message, ConvergenceWarning, stacklevel=4)
     if boundary:
         warnings.warn("singular fit: " + "; ".join(boundary), SingularFitWarning, stacklevel=4)
     return fit
+
+
+def _optimise(model: Model, method: str, theta0: jax.Array, key: Any) -> Any:
+    layout = model._plan.layout
+    if model.is_structured:
+        from lmmjax.residual import program
+
+        return program.optimise(layout, method, model._source(), theta0, optimizer=key)
+    return estimate.optimise(layout, method, *model._arrays(), theta0, optimizer=key)
+
+
+def _residual_sd(model: Model, phi: np.ndarray) -> float:
+    """S of the row that σ refers to; 1 for equal variances."""
+    if model.design.residual is None:
+        return 1.0
+    s = model.design.residual.structure
+    return float(s.variances.reference(jnp.asarray(phi[s.n_corr :])))
 
 
 def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[bool, str]:

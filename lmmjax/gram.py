@@ -245,6 +245,14 @@ def _parents(child: np.ndarray, J: int, parent: np.ndarray) -> np.ndarray | None
     return lies_in if np.array_equal(lies_in[child], parent) else None
 
 
+def _subjects(design: Any) -> list[tuple[np.ndarray, int]]:
+    """Codes and number of the subjects whose residuals are correlated, if there are any."""
+    residual = getattr(design, "residual", None)
+    if residual is None or not residual.correlated:
+        return []
+    return [(residual.subject, len(residual.subjects))]
+
+
 #: a factor of no more columns than this is not worth a place in the chain
 DENSE = 32
 
@@ -256,6 +264,10 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
     than ``dense`` columns, by falling size, joins the chain if every chain factor is nested in it,
     so that elimination fills in nothing outside its diagonal blocks. All others belong to the
     dense core: crossed factors, and outer factors so small that elimination would not pay.
+
+    Where the residuals of a subject are correlated (``design.residual``), the subjects count as
+    well: one that spans two levels of a factor couples them, so only factors in which every
+    subject is nested may join the chain.
     """
     groups: dict[str, list[int]] = {}
     for k, term in enumerate(design.terms):
@@ -271,7 +283,8 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
     for f in factors:
         small = bool(chain) and f.S * f.J <= dense
         nested = not small and all(
-            _parents(codes[c.group], c.J, codes[f.group]) is not None for c in chain
+            _parents(inner, J, codes[f.group]) is not None
+            for inner, J in (*((codes[c.group], c.J) for c in chain), *_subjects(design))
         )
         (chain if nested else core).append(f)
     structures = tuple(covariance(t.cov, t.z.shape[1]) for t in design.terms)

@@ -13,6 +13,8 @@ from lmmjax.errors import DataError, DesignError
 from lmmjax.evaluate import Evaluator, Factor, Logical, Matrix, cross, is_missing
 from lmmjax.expr import Call, Name, Node, deparse, names_in, parse_expr
 from lmmjax.formula import Bar, ParsedFormula, expand
+from lmmjax.residual.frame import evaluate_residual
+from lmmjax.residual.language import ResidualSpec
 from lmmjax.table import Table
 
 
@@ -34,6 +36,7 @@ class Variables:
     states: dict[str, Any]
     missing: dict[str, int] = field(default_factory=dict)
     n_dropped: int = 0
+    residual: dict[str, Any] = field(default_factory=dict)
 
     def take(self, keep: tuple[np.ndarray | None, dict[str, int]]) -> Variables:
         """Keep the complete rows and drop unused levels."""
@@ -48,6 +51,7 @@ class Variables:
             weights=_take(self.weights, mask),
             columns=self.columns if mask is None else {k: c[mask] for k, c in self.columns.items()},
             missing=missing,
+            residual={name: _take(value, mask) for name, value in self.residual.items()},
             n_dropped=0 if mask is None else int(mask.size - mask.sum()),
         )
 
@@ -63,7 +67,12 @@ def _take(value: Any, mask: np.ndarray | None) -> Any:
 
 
 def evaluate(
-    parsed: ParsedFormula, table: Table, weights: Any, offset: Any, safe: bool
+    parsed: ParsedFormula,
+    table: Table,
+    weights: Any,
+    offset: Any,
+    safe: bool,
+    residual: ResidualSpec | None = None,
 ) -> Variables:
     w_source = side_source(weights, "weights", table.names)
     o_source = side_source(offset, "offset", table.names)
@@ -72,7 +81,8 @@ def evaluate(
     nodes = [parsed.response_node, *parsed.terms.nodes, *parsed.offset_nodes, *random]
     nodes += [source for source in (w_source, o_source) if isinstance(source, Name | Call)]
     columns = table.read(nodes)
-    ev = Evaluator(columns, len(table), {}, learn=True, safe=safe)
+    beside = table.read(residual.nodes) if residual is not None else {}
+    ev = Evaluator(columns | beside, len(table), {}, learn=True, safe=safe)
     values = {deparse(node): ev.variable(node) for node in parsed.terms.nodes}
     for _, terms in bars:
         values.update({deparse(n): ev.variable(n) for n in terms.nodes if deparse(n) not in values})
@@ -92,6 +102,7 @@ def evaluate(
         columns=columns,
         raw_fixed=tuple(_columns_of(parsed.terms.nodes, columns)),
         states=ev.states,
+        residual=evaluate_residual(residual, ev),
     )
 
 
