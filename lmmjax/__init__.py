@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         LmmError,
         PrecisionError,
         PriorError,
+        ResidualWarning,
         SingularFitWarning,
     )
     from lmmjax.fit import Fit
@@ -49,6 +50,7 @@ __all__ = [
     "Posterior",
     "PrecisionError",
     "PriorError",
+    "ResidualWarning",
     "SingularFitWarning",
     "compare",
     "datasets",
