@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ComparisonError,
         ConvergenceWarning,
         DataError,
+        DataWarning,
         DesignError,
         FormulaError,
         LmmError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lmmjax.fit import Fit
     from lmmjax.model import Model
     from lmmjax.precision import enable_cache, float64
+    from lmmjax.stages import TwoStage, two_stage
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ __all__ = [
     "ComparisonError",
     "ConvergenceWarning",
     "DataError",
+    "DataWarning",
     "DesignError",
     "Fit",
     "FormulaError",
@@ -52,6 +55,7 @@ __all__ = [
     "PriorError",
     "ResidualWarning",
     "SingularFitWarning",
+    "TwoStage",
     "compare",
     "datasets",
     "describe_dataset",
@@ -59,6 +63,7 @@ __all__ = [
     "float64",
     "list_datasets",
     "load_dataset",
+    "two_stage",
 ]
 
 #: where each public name lives; a module stands for itself
@@ -67,6 +72,7 @@ _HOME = {
     "Fit": "fit",
     "Model": "model",
     "Posterior": "bayes.posterior",
+    "TwoStage": "stages",
     "compare": "comparison",
     "datasets": "datasets",
     "describe_dataset": "datasets",
@@ -74,6 +80,7 @@ _HOME = {
     "float64": "precision",
     "list_datasets": "datasets",
     "load_dataset": "datasets",
+    "two_stage": "stages",
 }
 
 

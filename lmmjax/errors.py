@@ -39,3 +39,7 @@ class SingularFitWarning(UserWarning):
 
 class ResidualWarning(UserWarning):
     """Positions of a residual structure are doubtful, or its parameters are not identified."""
+
+
+class DataWarning(UserWarning):
+    """Some of the data could not be used as asked; the message says which."""

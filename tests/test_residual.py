@@ -19,7 +19,7 @@ from lmmjax.residual.structures import autocorrelations, integer_power
 
 @pytest.fixture(scope="module")
 def frame() -> pd.DataFrame:
-    """12 subjects of 2 to 5 of 5 visits, in 4 clinics, who move between 3 schools; rows shuffled."""
+    """12 subjects of 2 to 5 of 5 visits, in 4 clinics, moving between 3 schools, shuffled."""
     rng = np.random.default_rng(3)
     rows = []
     for i in range(12):
@@ -62,7 +62,9 @@ def correlation(text: str, p: pd.Series, d: pd.DataFrame) -> np.ndarray:
         steps = np.array([p[f"rho[{k},{k + 1}]"] for k in range(4)])
         C = np.array([[np.prod(steps[min(a, b) : max(a, b)]) for b in v] for a in v])
     elif name in ("un", "symm"):
-        C = np.array([[1.0 if a == b else p[f"rho[{min(a, b)},{max(a, b)}]"] for b in v] for a in v])
+        C = np.array(
+            [[1.0 if a == b else p[f"rho[{min(a, b)},{max(a, b)}]"] for b in v] for a in v]
+        )
     else:
         xy = d[["t", "u"]].to_numpy() if "u" in text else d[["t"]].to_numpy()
         dist = np.sqrt(((xy[:, None] - xy) ** 2).sum(-1))
@@ -283,7 +285,7 @@ def test_data_that_do_not_fit_are_refused(frame: pd.DataFrame) -> None:
         return lmm.Model("y ~ x", data, residual=residual)
 
     twice = pd.concat([frame, frame.iloc[:1]], ignore_index=True)
-    with pytest.raises(lmm.DesignError, match="two rows of id s.. at the same position"):
+    with pytest.raises(lmm.DesignError, match=r"two rows of id s.. at the same position"):
         model("ar1(visit | id)", twice)
     with pytest.raises(lmm.DataError, match="expects whole-numbered positions"):
         model("ar1(t | id)")

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -158,21 +158,25 @@ def _positions(
     """Positions (n, dim), places on the grid of positions (n,), labels of the grid."""
     if not c.positions:
         place = _row_order(subject.codes)
-        return place[:, None].astype(float), place, tuple(str(k + 1) for k in range(place.max() + 1))
+        return (
+            place[:, None].astype(float),
+            place,
+            tuple(str(k + 1) for k in range(place.max() + 1)),
+        )
     given = [values[deparse(node)] for node in c.positions]
     if any(isinstance(v, Matrix) for v in given):
         raise DataError(f"found several columns as one position of {c.name}; expected one.")
     if c.family.startswith("sp") or c.family == "car1":
         return _coordinates(c, given), np.zeros(n, np.int32), ()
     value = given[0]
-    place = to_factor(value).take(None)
-    labels = tuple(map(str, place.levels))
+    factor = to_factor(value).take(None)
+    labels = tuple(map(str, factor.levels))
     if isinstance(value, Factor) or c.family in ("un", "ad", "cs"):
-        return place.codes[:, None].astype(float), place.codes, labels
+        return factor.codes[:, None].astype(float), factor.codes, labels
     times = _whole(c, np.asarray(value, float), subject.codes)
     if c.family == "toep":
         times = _equal_steps(times)
-    return times[:, None], place.codes, labels
+    return times[:, None], factor.codes, labels
 
 
 def _row_order(codes: np.ndarray) -> np.ndarray:
@@ -314,28 +318,40 @@ def _variances(
     n: int,
 ) -> tuple[st.Variances, np.ndarray]:
     """All variance functions side by side: parameters and H."""
-    parts = []
+    parts: list[_Part] = []
     if places is not None:
         parts.append(_ratios(Factor(places, np.array(grid, dtype=object)), "position"))
     for v in spec.estimated:
         value, text = values[_key(v)], deparse(v.node)
         parts.append(_ratios(value, text) if v.kind == "ident" else _power(v.kind, value, text))
-    names = [list(p[0]) for p in parts]
-    several = len({x for p in names for x in p}) < sum(map(len, names))
-    if several:
+    names = [p.names for p in parts]
+    if len({x for p in names for x in p}) < sum(map(len, names)):
         texts = ["position"] * (places is not None) + [deparse(v.node) for v in spec.estimated]
         names = [[_longer(x, t) for x in p] for p, t in zip(names, texts, strict=True)]
-    join = lambda k: tuple(x for p in parts for x in p[k])  # noqa: E731
-    variances = st.Variances(tuple(x for p in names for x in p), join(1), join(2), join(3))
-    H = np.concatenate([np.zeros((n, 0)), *(p[4] for p in parts)], axis=1)
-    return variances, H
+    variances = st.Variances(
+        tuple(x for p in names for x in p),
+        tuple(p.kind for p in parts for _ in p.names),
+        tuple(p.scale for p in parts for _ in p.names),
+        tuple(p.shift for p in parts for _ in p.names),
+    )
+    return variances, np.concatenate([np.zeros((n, 0)), *(p.H for p in parts)], axis=1)
+
+
+class _Part(NamedTuple):
+    """One variance function: see :class:`lmmjax.residual.structures.Variances`."""
+
+    names: list[str]
+    kind: str
+    scale: float
+    shift: float
+    H: np.ndarray
 
 
 def _longer(name: str, text: str) -> str:
     return f"delta[{text}]" if name == "delta" else name.replace("[", f"[{text}=", 1)
 
 
-def _ratios(factor: Factor, text: str) -> tuple[list[str], list[str], list[float], list[float], Any]:
+def _ratios(factor: Factor, text: str) -> _Part:
     factor = factor.take(None)
     if len(factor.levels) < 2:
         raise DesignError(
@@ -344,12 +360,10 @@ def _ratios(factor: Factor, text: str) -> tuple[list[str], list[str], list[float
         )
     names = [f"sd_ratio[{label(x)}]" for x in factor.levels[1:]]
     H = (factor.codes[:, None] == np.arange(1, len(factor.levels))).astype(float)
-    return names, ["ratio"] * len(names), [1.0] * len(names), [0.0] * len(names), H
+    return _Part(names, "ratio", 1.0, 0.0, H)
 
 
-def _power(
-    kind: str, value: Any, text: str
-) -> tuple[list[str], list[str], list[float], list[float], Any]:
+def _power(kind: str, value: Any, text: str) -> _Part:
     if isinstance(value, Factor | Matrix):
         raise DataError(f"found {text} in var{kind}, which is no column of numbers; expected one.")
     x = np.asarray(getattr(value, "values", value), float)
@@ -362,5 +376,7 @@ def _power(
         x = np.log(np.abs(x))
     mean, sd = float(x.mean()), float(x.std())
     if not sd > 1e-10 * max(1.0, abs(mean)):
-        raise DesignError(f"found a constant {text} in var{kind}; expected a covariate that varies.")
-    return ["delta"], ["delta"], [sd], [-mean / sd], ((x - mean) / sd)[:, None]
+        raise DesignError(
+            f"found a constant {text} in var{kind}; expected a covariate that varies."
+        )
+    return _Part(["delta"], "delta", sd, -mean / sd, ((x - mean) / sd)[:, None])

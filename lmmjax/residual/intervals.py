@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmmjax.precision import in_float64
-from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lmmjax.fit import Fit
 
 

@@ -293,7 +293,9 @@ def _positions(text: str, node: Call, name: str, positions: tuple[Node, ...]) ->
     if not isinstance(position, Number):
         return positions
     if position.value != 1:
-        fail(text, position.pos, f"found {deparse(position)} as position; expected 1 or a variable.")
+        fail(
+            text, position.pos, f"found {deparse(position)} as position; expected 1 or a variable."
+        )
     if name == "car1":
         fail(text, position.pos, "found 1 as position of car1; expected real times: car1(t | id).")
     return ()

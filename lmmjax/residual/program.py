@@ -10,8 +10,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from lmmjax import estimate, optimize
 from lmmjax import likelihood as lk
@@ -66,15 +64,3 @@ def vcov_and_derivative(
         return lk.profiled_sigma2(red, method) * lk.unscaled_vcov(red)
 
     return vcov(free), jax.jacfwd(vcov)(free)
-
-
-def start(layout: Layout, source: Source) -> np.ndarray:
-    """Identity Λ, and moderate correlation with equal variances."""
-    return np.concatenate([estimate.start(layout), source.structure.start()])
-
-
-def natural(source: Source, phi: np.ndarray) -> tuple[np.ndarray, float]:
-    """Residual parameters as reported, and S of the row that σ refers to."""
-    phi = jnp.asarray(phi)
-    s = source.structure
-    return np.asarray(s.natural(phi)), float(s.variances.reference(phi[s.n_corr :]))

@@ -87,9 +87,7 @@ def _local(
     return M, where
 
 
-def _slots(
-    subject: np.ndarray, G: int, codes: np.ndarray, J: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _slots(subject: np.ndarray, G: int, codes: np.ndarray, J: int) -> tuple[np.ndarray, np.ndarray]:
     """Slot of each row among the levels that its subject meets, and the table (G, m) of levels."""
     pairs, at = np.unique(subject.astype(np.int64) * J + codes, return_inverse=True)
     owner, level = np.divmod(pairs, J)
@@ -120,9 +118,7 @@ def _rows(design: Any, the_plan: Plan, standardised: Standardised) -> Rows:
     return Rows(layout, structure, tuple(blocks), where, np.float64(design.n), logdet)
 
 
-def groups_of_rows(
-    subject: np.ndarray, order: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def groups_of_rows(subject: np.ndarray, order: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows (G, T) of subjects of similar length and which are real; within a subject by ``order``.
 
     ``order`` sorts the rows; padding repeats the last row of a subject.

@@ -9,8 +9,10 @@ sizes, so models of equal shape and structure share compiled code.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.residual.structures import Structure
 
 Array = Any
+T = TypeVar("T")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -35,15 +38,13 @@ class Where(NamedTuple):
     parent: tuple[tuple[Array, ...], ...]  # Gram.parent
 
 
-def assemble(
-    layout: Layout, where: Where, C: Array, n: Array, logdet: Array
-) -> tuple[Gram, Rhs]:
+def assemble(layout: Layout, where: Where, C: Array, n: Array, logdet: Array) -> tuple[Gram, Rhs]:
     """Sum C_i (G, K, K) by level and into the core: O(G K²), linear in C.
 
     Local columns are ordered: chain factors (S each), core factors (slots by S each), X, y.
     """
     at = np.cumsum([0, *(S for _, S, _ in layout.chain)])
-    parts = [slice(int(a), int(b)) for a, b in zip(at[:-1], at[1:], strict=True)]
+    parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(at)]
     rest = slice(int(at[-1]), C.shape[1] - 1)
     D = layout.d + layout.p
     own, up, border, rhs = [], [], [], []
@@ -148,16 +149,23 @@ def _dense(structure: Structure, phi: Array, b: Block, A: Array) -> tuple[Array,
     return inverse[b.pattern] @ A, 2 * jnp.sum(logs[b.pattern])
 
 
-_static = functools.partial(field, metadata={"static": True})
+def _pytree(*static: str) -> Callable[[type[T]], type[T]]:
+    """Register a dataclass as a pytree whose fields ``static`` are not arrays."""
+
+    def register(cls: type[T]) -> type[T]:
+        arrays = [f.name for f in fields(cls) if f.name not in static]  # type: ignore[arg-type]
+        return jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=[*static])
+
+    return register
 
 
-@jax.tree_util.register_dataclass
+@_pytree("layout", "structure")
 @dataclass(frozen=True)
 class Rows:
     """Whitened rows: any structure, O(n K (route) + n K²) an evaluation."""
 
-    layout: Layout = _static()
-    structure: Structure = _static()
+    layout: Layout
+    structure: Structure
     blocks: tuple[Block, ...]
     where: Where
     n: Array
@@ -180,7 +188,7 @@ class Rows:
 # -------------------------------------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
+@_pytree("kind", "structure")
 @dataclass(frozen=True)
 class Basis:
     """Gram = Σ c_k(φ) G_k for fixed G_k: nothing depends on rows or subjects.
@@ -190,8 +198,8 @@ class Basis:
     symmetry, R⁻¹ = (I - Σ_m ρ / (1 + (m-1)ρ) J_m) / (1-ρ) with J_m the 11' of subjects of m rows.
     """
 
-    kind: str = _static()
-    structure: Structure = _static()
+    kind: str
+    structure: Structure
     grams: Gram  # every float leaf with a leading axis k
     rhs: Rhs
     sizes: Array  # strata: rows (k,); chain: rows that follow another (); mean: lengths m (k - 1,)
@@ -229,7 +237,7 @@ class Basis:
         return c, jnp.sum(self.counts * ((self.sizes - 1) * jnp.log1p(-r) + jnp.log(along)))
 
 
-@jax.tree_util.register_dataclass
+@_pytree("layout", "structure")
 @dataclass(frozen=True)
 class Patterns:
     """Sums of outer products per set of positions: models without random effects.
@@ -238,8 +246,8 @@ class Patterns:
     an evaluation, nothing in the number of subjects.
     """
 
-    layout: Layout = _static()
-    structure: Structure = _static()
+    layout: Layout
+    structure: Structure
     sums: Array  # (P T(T+1)/2, K(K+1)/2)
     H: Array  # (P, T, n_variances)
     pos: Array  # (P, T, dim)

@@ -5,7 +5,7 @@ correlation of rows at given positions (in JAX, differentiable everywhere), the 
 field reports them, and their names. All parametrisations are unconstrained; stationarity and
 positive definiteness hold by construction. ``route`` says how rows are whitened (source.py):
 
-    "chain"   rows in order of time are a Markov chain: ``links`` gives the correlation of neighbours
+    "chain"   rows by time are a Markov chain: ``links`` has the correlation of neighbours
     "mean"    compound symmetry: the subject's mean is all that is shared
     "dense"   a Cholesky factor per distinct set of positions
 """
@@ -354,7 +354,9 @@ class Unstructured(Family):
 
     def names(self) -> list[str]:
         columns, rows = np.triu_indices(len(self.labels), 1)
-        return [f"rho[{self.labels[a]},{self.labels[b]}]" for a, b in zip(columns, rows, strict=True)]
+        return [
+            f"rho[{self.labels[a]},{self.labels[b]}]" for a, b in zip(columns, rows, strict=True)
+        ]
 
 
 # -------------------------------------------------------------------------------------------------
