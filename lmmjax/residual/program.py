@@ -13,10 +13,11 @@ import jax
 
 from lmmjax import estimate, optimize
 from lmmjax import likelihood as lk
-from lmmjax.derivatives import by_autodiff
+from lmmjax.derivatives import Derivatives, by_autodiff
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.optimize import Optimum
-from lmmjax.residual.source import Source
+from lmmjax.residual import closed
+from lmmjax.residual.source import Patterns, Source
 
 
 def criterion(layout: Layout, method: str, free: jax.Array, source: Source) -> jax.Array:
@@ -34,7 +35,11 @@ def optimise(
     def f(free: jax.Array) -> jax.Array:
         return criterion(layout, method, free, source)
 
-    vgh = functools.partial(by_autodiff, f)
+    def vgh(free: jax.Array) -> Derivatives:
+        if isinstance(source, Patterns):
+            return closed.value_gradient_hessian(method, free, source)
+        return by_autodiff(f, free)
+
     if optimizer == "newton":
         best = optimize.newton(vgh, free0)
     else:
@@ -57,6 +62,8 @@ def vcov_and_derivative(
     layout: Layout, method: str, free: jax.Array, source: Source
 ) -> tuple[jax.Array, jax.Array]:
     """Cov(β̂) with σ profiled, (p, p), and its derivatives in (θ, φ), (p, p, k)."""
+    if isinstance(source, Patterns):
+        return closed.vcov_and_derivative(method, free, source)
 
     def vcov(at: jax.Array) -> jax.Array:
         k = layout.n_theta

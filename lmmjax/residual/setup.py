@@ -16,6 +16,8 @@ from lmmjax.residual.structures import Autoregressive, CompoundSymmetry
 
 #: distinct strata or lengths up to which fixed Grams are kept
 MOST_GRAMS = 24
+#: places of the grid up to which patterns are summed
+MOST_PLACES = 64
 #: numbers that the sums of outer products may take
 MOST_SUMS = 8_000_000
 
@@ -221,8 +223,8 @@ def _basis(rows: Rows) -> Basis | None:
     return None
 
 
-def _padded(M: np.ndarray, T: int) -> np.ndarray:
-    return np.pad(M, ((0, 0), (0, T - M.shape[1]), (0, 0)))
+def _padded(x: np.ndarray, T: int) -> np.ndarray:
+    return np.pad(x, ((0, 0), (0, T - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
 
 
 def _unit_steps(b: Block) -> bool:
@@ -257,35 +259,46 @@ def _patterns(rows: Rows) -> Patterns | None:
     """Sums of outer products per set of positions and variances, where they are few enough."""
     if rows.structure.family is None:
         return None
-    T = max(b.M.shape[1] for b in rows.blocks)
-    K = rows.layout.p + 1
-    wide = lambda x: np.pad(x, ((0, 0), (0, T - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))  # noqa: E731
+    T, K = max(b.M.shape[1] for b in rows.blocks), rows.layout.p + 1
     M, mask, H, pos = (
-        np.concatenate([wide(getattr(b, name)) for b in rows.blocks])
+        np.concatenate([_padded(getattr(b, name), T) for b in rows.blocks])
         for name in ("M", "mask", "H", "pos")
     )
-    pos = pos * mask[..., None]
-    key = np.concatenate([pos.reshape(len(M), -1), mask, H.reshape(len(M), -1)], axis=1)
-    _, first, code = np.unique(key, axis=0, return_index=True, return_inverse=True)
-    P, pairs, code = len(first), T * (T + 1) // 2, code.ravel()
-    if P * pairs * K * (K + 1) // 2 > MOST_SUMS or 2 * P > len(M):
+    real = mask > 0
+    grid, at = np.unique(
+        np.concatenate([pos[real], H[real]], axis=1), axis=0, return_inverse=True
+    )
+    place = np.full(mask.shape, -1)
+    place[real] = at.ravel()
+    patterns, code = np.unique(place, axis=0, return_inverse=True)
+    P, code = len(patterns), code.ravel()
+    size = P * T * (T + 1) * K * (K + 1) // 4
+    if len(grid) > MOST_PLACES or size > MOST_SUMS or 2 * P > len(M):
         return None
-    sums = np.empty((P, pairs, K * (K + 1) // 2))
-    (t, u), (k, m) = np.tril_indices(T), np.tril_indices(K)
-    for q in range(P):
-        outer = np.einsum("gtk,gum->tukm", *[M[code == q]] * 2, optimize=True)
-        both = outer[t, u] + np.where((t != u)[:, None, None], outer[u, t], 0.0)
-        sums[q] = both[:, k, m]
-    counts = np.bincount(code).astype(float)
+    dim = pos.shape[2]
     return Patterns(
         rows.layout,
         rows.structure,
-        sums.reshape(P * pairs, -1),
-        H[first],
-        pos[first],
-        mask[first],
-        counts,
-        rows.where,
+        _outer_products(M, code, P),
+        grid[:, :dim],
+        grid[:, dim:],
+        np.maximum(patterns, 0).astype(np.int32),
+        (patterns >= 0).astype(float),
+        np.bincount(code).astype(float),
+        rows.where._replace(core=rows.where.core[:1]),
         rows.n,
         rows.logdet_W,
     )
+
+
+def _outer_products(M: np.ndarray, code: np.ndarray, P: int) -> np.ndarray:
+    """Σ over the subjects of a pattern of x_t x_u' + x_u x_t', lower triangles: (P TT, KK)."""
+    T, K = M.shape[1:]
+    (t, u), (k, m) = np.tril_indices(T), np.tril_indices(K)
+    sums = np.empty((P, len(t), len(k)))
+    for q in range(P):
+        rows = M[code == q].reshape(-1, T * K)
+        outer = (rows.T @ rows).reshape(T, K, T, K).transpose(0, 2, 1, 3)
+        both = outer[t, u] + np.where((t != u)[:, None, None], outer[u, t], 0.0)
+        sums[q] = both[:, k, m]
+    return sums.reshape(P * len(t), -1)

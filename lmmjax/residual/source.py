@@ -242,38 +242,70 @@ class Basis:
 class Patterns:
     """Sums of outer products per set of positions: models without random effects.
 
-    [X y]'R⁻¹[X y] = Σ_p Σ_(t≤u) [R_p⁻¹]_tu G_p,tu, of which the lower triangle is kept: O(P T² K²)
-    an evaluation, nothing in the number of subjects.
+    [X y]'R⁻¹[X y] = Σ_p Σ_(t≥u) [R_p⁻¹]_tu G_p,tu, of which the lower triangles are kept, G_tu and
+    G_ut added: O(P T² K²) an evaluation, nothing in the number of subjects. Positions (with the
+    variances there) are those of a grid of U places.
     """
 
     layout: Layout
     structure: Structure
     sums: Array  # (P T(T+1)/2, K(K+1)/2)
-    H: Array  # (P, T, n_variances)
-    pos: Array  # (P, T, dim)
+    pos: Array  # of the grid, (U, dim)
+    H: Array  # of the grid, (U, n_variances)
+    place: Array  # of the grid, (P, T) int
     mask: Array  # (P, T)
     counts: Array  # subjects per pattern (P,)
     where: Where
     n: Array
     logdet_W: Array
 
-    def gram(self, phi: Array) -> tuple[Gram, Rhs]:
-        """Cross-products at φ; differentiable."""
-        log_s = self.H @ phi[self.structure.n_corr :]
-        L = jnp.linalg.cholesky(correlations(self.structure, phi, self.pos, self.mask))
-        logs = jnp.sum(jnp.log(jnp.diagonal(L, axis1=1, axis2=2)) + self.mask * log_s, axis=1)
-        eye = jnp.broadcast_to(jnp.eye(L.shape[-1], dtype=L.dtype), L.shape)
-        half = jax.scipy.linalg.solve_triangular(L, eye, lower=True)
-        half = half * jnp.exp(-log_s)[:, None, :]
-        inverse = jnp.einsum("pst,psu->ptu", half, half)
-        rows, columns = np.tril_indices(L.shape[-1])
-        packed = inverse[:, rows, columns].reshape(-1) @ self.sums
+    def grid(self, phi: Array) -> Array:
+        """R between any two places of the grid, (U, U)."""
+        family = self.structure.family
+        assert family is not None
+        n_corr = self.structure.n_corr
+        s = jnp.exp(self.H @ phi[n_corr:])
+        return family.matrix(phi[:n_corr], self.pos) * s[:, None] * s
+
+    def take(self, grid: Array) -> Array:
+        """R_p of every pattern from a matrix over the grid, (P, T, T, ...); 0 where padded."""
+        real = self.mask[:, :, None] * self.mask[:, None, :]
+        taken = grid[self.place[:, :, None], self.place[:, None, :]]
+        return taken * real.reshape(*real.shape, *[1] * (taken.ndim - 3))
+
+    def inverses(self, phi: Array) -> tuple[Array, Array]:
+        """R_p⁻¹ (0 where padded) and log|R_p| of every pattern."""
+        padded = (1 - self.mask)[:, :, None] * jnp.eye(self.mask.shape[1], dtype=phi.dtype)
+        L = jnp.linalg.cholesky(self.take(self.grid(phi)) + padded)
+        half = forward_solve(L, padded + self.mask[:, :, None] * jnp.eye(L.shape[-1]))
+        logs = 2 * jnp.sum(jnp.log(jnp.diagonal(L, axis1=1, axis2=2)), axis=1)
+        return jnp.swapaxes(half, 1, 2) @ half - padded, logs
+
+    def products(self, inverse: Array) -> Array:
+        """Σ_p <R_p⁻¹, G_p>, (..., K, K), of matrices (..., P, T, T)."""
+        rows, columns = np.tril_indices(self.mask.shape[1])
+        packed = inverse[..., rows, columns]
+        packed = packed.reshape(*packed.shape[:-2], -1) @ self.sums
         K = self.layout.p + 1
         rows, columns = np.tril_indices(K)
-        lower = jnp.zeros((K, K), packed.dtype).at[rows, columns].set(packed)
-        C = lower + jnp.tril(lower, -1).T
-        logdet = self.logdet_W + 2 * jnp.sum(self.counts * logs)
-        return assemble(self.layout, self.where, C[None], self.n, logdet)
+        place = np.zeros((K, K), np.int32)
+        place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+        return packed[..., place]
+
+    def gram(self, phi: Array) -> tuple[Gram, Rhs]:
+        """Cross-products at φ; differentiable."""
+        inverse, logs = self.inverses(phi)
+        logdet = self.logdet_W + self.counts @ logs
+        return assemble(self.layout, self.where, self.products(inverse)[None], self.n, logdet)
+
+
+def forward_solve(L: Array, rhs: Array) -> Array:
+    """L⁻¹ rhs for many small lower-triangular matrices (P, T, T), (P, T, m), row by row."""
+    rows: list[Array] = []
+    for t in range(L.shape[1]):
+        known = sum((L[:, t, u, None] * rows[u] for u in range(t)), jnp.zeros((), L.dtype))
+        rows.append((rhs[:, t] - known) / L[:, t, t, None])
+    return jnp.stack(rows, axis=1)
 
 
 Source = Rows | Basis | Patterns
