@@ -475,8 +475,7 @@ def _optimizer_key(optimizer: Any) -> tuple[Any, str]:
 def _start(model: Model, start: Any) -> np.ndarray:
     if start is None:
         first = estimate.start(model._plan.layout)
-        residual = model.design.residual
-        return first if residual is None else np.append(first, residual.structure.start())
+        return np.append(first, model._source().start()) if model.is_structured else first
     theta = np.asarray(start, float)
     names = [*model.theta_names, *model.phi_names]
     if theta.shape != (len(names),) or not np.all(np.isfinite(theta)):

@@ -167,7 +167,7 @@ class Model:
         theta = self._theta_public(estimate.start(self._plan.layout))
         if self.design.residual is None:
             return theta
-        return np.concatenate([theta, self.design.residual.structure.start()])
+        return np.concatenate([theta, self._source().start()])
 
     # -- the pieces of the likelihood -----------------------------------------------------------
 

@@ -42,8 +42,10 @@ def _pieces(phi: jax.Array, source: Patterns) -> Pieces:
     C = source.products(W)[None]
     none = jnp.zeros(0, phi.dtype)
     red = lk.reduce(source.layout, none, *assemble(source.layout, source.where, C, source.n, logdet))
-    slopes = jnp.moveaxis(source.take(jax.jacfwd(source.grid)(phi)), -1, 0)
-    A = W @ slopes @ W
+    last = source.take(jax.jacfwd(source.grid)(phi))
+    # k as last axis: long vectors instead of many small products
+    A = jnp.einsum("ptuk,puv->ptvk", jnp.einsum("pts,psuk->ptuk", W, last), W)
+    slopes, A = jnp.moveaxis(last, -1, 0), jnp.moveaxis(A, -1, 0)
     v = jnp.append(-lk.fixef(red), 1.0).astype(phi.dtype)
     return Pieces(red, W, slopes, A, -source.products(A), v, lk.unscaled_vcov(red))
 
@@ -65,11 +67,14 @@ def value_gradient_hessian(method: str, phi: jax.Array, source: Patterns) -> Der
     Q = n * d.W - WNW
     gradient = jnp.einsum("ptu,kptu->k", Q, d.slopes)
 
+    on_grid = source.collect(Q)
+
     def linear(at: jax.Array) -> jax.Array:
-        return jnp.sum(Q * source.take(source.grid(at)))
+        return jnp.sum(on_grid * source.grid(at))
 
     k = len(phi)
-    inner = (2 * d.W @ N @ d.A - n * d.A).reshape(k, -1)
+    half = jnp.einsum("pts,kpsu->kptu", 2 * d.W @ N, d.A)
+    inner = (half - n * d.A).reshape(k, -1)
     cross = inner @ d.slopes.reshape(k, -1).T
     S_v = d.S_dot @ d.v
     along = S_v @ d.v

@@ -171,6 +171,10 @@ class Rows:
     n: Array
     logdet_W: Array  # -Σ log w of the known weights, which are in M
 
+    def start(self) -> np.ndarray:
+        """φ to begin with, (n_phi,)."""
+        return self.structure.start()
+
     def gram(self, phi: Array) -> tuple[Gram, Rhs]:
         """Cross-products at φ; differentiable."""
         parts = [whiten(self.structure, phi, b) for b in self.blocks]
@@ -205,6 +209,10 @@ class Basis:
     sizes: Array  # strata: rows (k,); chain: rows that follow another (); mean: lengths m (k - 1,)
     counts: Array  # mean: subjects of each length
     H: Array  # strata: (k, n_variances)
+
+    def start(self) -> np.ndarray:
+        """φ to begin with, (n_phi,)."""
+        return self.structure.start()
 
     def gram(self, phi: Array) -> tuple[Gram, Rhs]:
         """Cross-products at φ; differentiable."""
@@ -259,6 +267,30 @@ class Patterns:
     n: Array
     logdet_W: Array
 
+    def start(self) -> np.ndarray:
+        """From the covariances of the least-squares residuals, which y is in standardised units."""
+        T, U = self.mask.shape[1], len(self.pos)
+        t, u = np.tril_indices(T)
+        sums, pairs = np.zeros((2, U, U))
+        at = self.place[:, t], self.place[:, u]
+        np.add.at(sums, at, self.sums[:, -1].reshape(-1, len(t)) * np.where(t == u, 1.0, 0.5))
+        np.add.at(pairs, at, self.mask[:, t] * self.mask[:, u] * self.counts[:, None])
+        upper = np.triu_indices(U, 1)
+        cov = np.where(pairs > 0, sums / np.maximum(pairs, 1.0), 0.0)
+        cov[upper] = np.where(pairs[upper] > 0, cov[upper], cov.T[upper])
+        cov.T[upper] = cov[upper]
+        sd = np.sqrt(np.maximum(np.diag(cov), 1e-3 * np.max(np.diag(cov))))
+        corr = cov / np.outer(sd, sd)
+        np.fill_diagonal(corr, 1.0)
+        lowest = float(np.linalg.eigvalsh(corr)[0])
+        share = min(1.0, 0.9 / (1.0 - lowest)) if lowest < 0.1 else 1.0
+        corr = share * corr + (1 - share) * np.eye(U)
+        log_s = np.column_stack([np.ones(U), self.H])
+        ratios = np.linalg.lstsq(log_s, np.log(sd), rcond=None)[0][1:]
+        family = self.structure.family
+        assert family is not None
+        return np.concatenate([family.start_near(corr), ratios])
+
     def grid(self, phi: Array) -> Array:
         """R between any two places of the grid, (U, U)."""
         family = self.structure.family
@@ -272,6 +304,12 @@ class Patterns:
         real = self.mask[:, :, None] * self.mask[:, None, :]
         taken = grid[self.place[:, :, None], self.place[:, None, :]]
         return taken * real.reshape(*real.shape, *[1] * (taken.ndim - 3))
+
+    def collect(self, matrices: Array) -> Array:
+        """Sum matrices (P, T, T), 0 where padded, over the grid: the transpose of :meth:`take`."""
+        U = self.pos.shape[0]
+        where = self.place[:, :, None], self.place[:, None, :]
+        return jnp.zeros((U, U), matrices.dtype).at[where].add(matrices)
 
     def inverses(self, phi: Array) -> tuple[Array, Array]:
         """R_p⁻¹ (0 where padded) and log|R_p| of every pattern."""

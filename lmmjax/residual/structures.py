@@ -51,6 +51,10 @@ class Family(abc.ABC):
     def names(self) -> list[str]:
         """Names of the reported parameters."""
 
+    def start_near(self, corr: np.ndarray) -> np.ndarray:
+        """Where to begin given rough correlations of the places of a grid, (U, U)."""
+        return self.start()
+
     def links(self, phi: Array, before: Array, pos: Array) -> Array:
         """Correlation of rows at ``pos`` with the row before them, at ``before`` (chain only)."""
         raise NotImplementedError(f"{type(self).__name__} is no Markov chain.")
@@ -336,6 +340,13 @@ class Unstructured(Family):
 
     def start(self) -> np.ndarray:
         return np.full(self.n_phi, 0.1)
+
+    def start_near(self, corr: np.ndarray) -> np.ndarray:
+        T = len(self.labels)
+        if len(corr) != T:
+            return self.start()
+        L = np.linalg.cholesky(corr)
+        return (L / np.diag(L)[:, None])[np.tril_indices(T, -1)]
 
     def table(self, phi: Array) -> Array:
         T = len(self.labels)
