@@ -367,8 +367,9 @@ class Fit:
         ----------
         newdata : table, optional
             The training rows by default.
-        kind : {"conditional", "population"}
-            With the BLUPs of each row's levels, or with the fixed part alone.
+        kind : {"conditional", "population", "next"}
+            With the BLUPs of each row's levels, or with the fixed part alone. "next" adds the BLUP
+            of the row's residual given those of its subject's rows (correlated residuals).
         interval : {"confidence", "prediction"}, optional
             Given: a frame ``estimate std_error low high``. The standard error carries the
             uncertainty of β (and of b, for conditional predictions) given θ; a prediction
@@ -425,6 +426,18 @@ class Fit:
             self.model.design, self._term_covs(), self.sigma, level, group, self.phi
         )
         return MarginalCov(cov, corr)
+
+    def hierarchical_counterpart(self) -> str | None:
+        """Why no hierarchical model implies this marginal one, in words; None where one does."""
+        from lmmjax.residual.checks import hierarchical_counterpart
+
+        return hierarchical_counterpart(self)
+
+    def residual_intervals(self, level: float = 0.95) -> pd.DataFrame:
+        """Wald intervals of the residual parameters; see :mod:`lmmjax.residual.intervals`."""
+        from lmmjax.residual.intervals import wald
+
+        return wald(self, level)
 
     # -- people ---------------------------------------------------------------------------------
 
@@ -507,8 +520,10 @@ def _diagonal(model: Model) -> np.ndarray:
 def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, start: Any) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
     from lmmjax.design import check_identifiable
+    from lmmjax.residual.checks import warn_redundant
 
     check_identifiable(model.design)
+    warn_redundant(model.design)
     uncertain = model.is_mixed or model.is_structured
     df = check_df(df) if df is not None else ("satterthwaite" if uncertain else "residual")
     key, name = _optimizer_key(optimizer)

@@ -138,6 +138,11 @@ def describe(model: Model, form: str, priors: Priors) -> Spec:
     if form not in FORMS:
         raise LmmError(f"form={form!r} is unknown; expected one of {', '.join(map(repr, FORMS))}.")
     design = model.design
+    if model.is_structured:
+        raise LmmError(
+            f"found the residual structure {model.residual}; sampling expects independent "
+            "residuals, for which there are priors. Use model.fit(), or leave out residual=."
+        )
     gaussian = all(
         is_flat(d) or type(d) is dist.Normal for d in (priors.entries[k] for k in design.x_names)
     )

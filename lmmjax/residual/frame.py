@@ -44,6 +44,10 @@ class Residuals:
         log S = H φ_v.
     grid : tuple of str
         Labels of the positions where there is a grid or a variance per position.
+    origin, step : float
+        Whole-numbered positions are (time - origin) / step.
+    levels : dict
+        Levels of the variables of varident, by their text.
     """
 
     spec: ResidualSpec
@@ -54,6 +58,9 @@ class Residuals:
     pos: np.ndarray
     H: np.ndarray
     grid: tuple[str, ...] = field(default=())
+    origin: float = 0.0
+    step: float = 1.0
+    levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def correlated(self) -> bool:
@@ -111,6 +118,7 @@ def build(
             np.empty(0, object),
             np.zeros((n, 1)),
             H,
+            levels=_levels(spec, values),
         )
     subject = values.get("|", Factor(np.zeros(n, np.int32), np.array(["all"], dtype=object)))
     pos, places, grid = _positions(c, values, subject, n)
@@ -135,7 +143,28 @@ def build(
         pos,
         H,
         grid,
+        *_units(c, values, pos),
+        _levels(spec, values),
     )
+
+
+def _units(c: Correlation, values: Mapping[str, Any], pos: np.ndarray) -> tuple[float, float]:
+    """Origin and step of whole-numbered positions, from two of them."""
+    value = values[deparse(c.positions[0])] if c.positions else None
+    if c.family not in ("ar1", "arma", "toep") or not isinstance(value, np.ndarray):
+        return 0.0, 1.0
+    low, high = int(np.argmin(pos[:, 0])), int(np.argmax(pos[:, 0]))
+    span = pos[high, 0] - pos[low, 0]
+    step = (value[high] - value[low]) / span if c.family == "toep" else 1.0
+    return float(value[low] - pos[low, 0] * step), float(step)
+
+
+def _levels(spec: ResidualSpec, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {
+        _key(v): tuple(values[_key(v)].take(None).levels)
+        for v in spec.estimated
+        if v.kind == "ident"
+    }
 
 
 def _refuse_missing(value: Any, name: str, rows: Any, spec: ResidualSpec) -> None:
