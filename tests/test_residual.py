@@ -398,9 +398,7 @@ def test_negative_correlation_has_no_hierarchical_counterpart() -> None:
         assert mixed.fit().loglik < fit.loglik - 1
 
 
-def test_wald_intervals_against_nlme(sleep_fit: lmm.Fit) -> None:
-    """intervals(): 0.4419 to 0.7960 for phi of sleepstudy's AR(1) fit would be nlme's own chart;
-    here the identity that z-intervals are symmetric in Fisher's z."""
+def test_wald_intervals_are_symmetric_in_their_chart(sleep_fit: lmm.Fit) -> None:
     table = sleep_fit.residual_intervals()
     z = np.arctanh(table.loc["phi", ["low", "estimate", "high"]].to_numpy(float))
     assert z[1] - z[0] == pytest.approx(z[2] - z[1])

@@ -42,6 +42,7 @@ def test_fit_equals_nlme(name: str) -> None:
     close(fit.vcov(), expected["fixef"]["vcov"], 1e-5, "vcov")
     close(fit.sigma, expected["sigma"], 1e-5, "sigma")
     check_parameters(fit, expected)
+    check_intervals(fit, expected)
     check_rows(fit, expected)
     check_effects(fit, expected)
     if "marginal_cov" in expected:
@@ -68,6 +69,16 @@ def check_parameters(fit: lmm.Fit, expected: dict[str, Any]) -> None:
             close(got[labels], given["coef"][1:], 1e-5, "ratios")
         elif given["class"] != "varFixed":
             close(got["delta"], given["coef"][0], 1e-5, "delta")
+
+
+def check_intervals(fit: lmm.Fit, expected: dict[str, Any]) -> None:
+    """nlme's ``intervals``, by a numerical Hessian: about 3 digits."""
+    given, table = expected.get("intervals_nlme", {}), fit.residual_intervals()
+    for part, prefixes in (("corStruct", ("phi", "rho", "range")), ("varStruct", ("sd_", "delta"))):
+        names = [x for x in table.index if x.startswith(prefixes)]
+        if part in given and (len(names) == 1 or part == "varStruct"):
+            got = table.loc[names, ["low", "high"]]
+            close(got, np.transpose([given[part]["lower"], given[part]["upper"]]), 2e-3, part)
 
 
 def check_rows(fit: lmm.Fit, expected: dict[str, Any]) -> None:
