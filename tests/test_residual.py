@@ -403,3 +403,58 @@ def test_wald_intervals_are_symmetric_in_their_chart(sleep_fit: lmm.Fit) -> None
     z = np.arctanh(table.loc["phi", ["low", "estimate", "high"]].to_numpy(float))
     assert z[1] - z[0] == pytest.approx(z[2] - z[1])
     assert "Residual structure: ar1(Days | Subject)" in sleep_fit.summary()
+
+
+@pytest.mark.parametrize(
+    ("formula", "residual"),
+    [
+        ("Reaction ~ Days + (1 | Subject)", "ar1(Days | Subject) * varpower(I(Days + 1))"),
+        ("Reaction ~ Days", "cs(1 | Subject)"),
+    ],
+)
+def test_numpyro_marginal_form_is_the_likelihood(formula: str, residual: str) -> None:
+    """Joint log-density less the priors' is the restricted likelihood, σ and all."""
+    from numpyro.infer.util import log_density
+
+    model = lmm.Model(formula, lmm.load_dataset("sleepstudy"), residual=residual)
+    s = model.design.residual.structure
+    sites = {"sigma": 30.0, "residual_free": s.start() + 0.1}
+    theta = []
+    if model.is_mixed:
+        sites["sd_Subject"] = np.array([25.0])
+        theta = [25.0 / 30.0]
+    with lmm.float64():
+        site = {k: jnp.asarray(v) for k, v in sites.items()}
+        joint, trace = log_density(model.numpyro_model(priors="flat"), (), {}, site)
+        priors = sum(
+            jnp.sum(t["fn"].log_prob(t["value"]))
+            for name, t in trace.items()
+            if t["type"] == "sample" and name in sites
+        )
+        phi = site["residual_free"]
+        model_theta = jnp.concatenate([jnp.asarray(theta), phi])
+        gram, rhs = model._source().gram(phi)
+        profiled = float(model.deviance(model_theta))
+        red_sigma = _restricted(model, profiled, gram, rhs, theta, phi, 30.0)
+        assert float(joint - priors) == pytest.approx(red_sigma, rel=1e-10)
+        reported = np.asarray(s.natural(phi))
+        np.testing.assert_allclose([trace[n]["value"] for n in s.names], reported)
+    with pytest.raises(lmm.LmmError, match="expected form='marginal'"), lmm.float64():
+        model.numpyro_model(form="centered")
+    with pytest.raises(lmm.LmmError, match="does not work yet"):
+        model.sample()
+
+
+def _restricted(
+    model: lmm.Model, profiled: float, gram: Any, rhs: Any, theta: Any, phi: Any, sigma: float
+) -> float:
+    """log restricted likelihood at a given σ from the profiled one: r² is all that is needed."""
+    from lmmjax import likelihood as lk
+
+    s, units = model.design.residual.structure, model._units
+    inner = sigma / float(s.variances.reference(phi[s.n_corr :]))
+    scaled = np.asarray(theta) * sigma / inner
+    lams = [np.linalg.inv(B) * t for B, t in zip(units.B, scaled, strict=True)]
+    r2 = float(lk.reduce_factors(model._plan.layout, lams, gram, rhs).r2) * units.scale**2
+    nu = model.n_obs - model.design.p
+    return -0.5 * (profiled - nu * np.log(r2 / nu) - nu + nu * np.log(inner**2) + r2 / inner**2)
