@@ -315,7 +315,9 @@ def fit_page(fit: Fit, level: float = 0.95) -> Page:
         blocks.append(_sigma_line(fit))
     if fit.model.is_structured:
         params = fit.residual_params()
-        cells = [[str(name), value] for name, value in zip(params.index, numbers(params), strict=True)]
+        cells = [
+            [str(name), value] for name, value in zip(params.index, numbers(params), strict=True)
+        ]
         blocks.append(TextTable(["", "Estimate"], cells, caption="Residual structure"))
     if len(fit.model.design.x_names):
         caption = f"Fixed effects ({DF_WORDS.get(fit.df, fit.df)})"

@@ -12,7 +12,9 @@ import pytest
 import lmmjax as lmm
 
 PAGE = Path(__file__).parent.parent / "docs" / "dictionary.md"
-CALL = re.compile(r"`Model\((?P<arguments>.*?)\)` \| (?P<method>REML|ML) \| (?P<loglik>-[\d.]+) \|$")
+CALL = re.compile(
+    r"`Model\((?P<arguments>.*?)\)` \| (?P<method>REML|ML) \| (?P<loglik>-[\d.]+) \|$"
+)
 
 
 def entries() -> list[tuple[str, str, str, dict[str, Any], str]]:
@@ -20,7 +22,9 @@ def entries() -> list[tuple[str, str, str, dict[str, Any], str]]:
     found = {}
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if match := CALL.search(line):
-            call = ast.parse(f"f({match['arguments'].replace(chr(92) + '|', '|')})", mode="eval").body
+            call = ast.parse(
+                f"f({match['arguments'].replace(chr(92) + '|', '|')})", mode="eval"
+            ).body
             assert isinstance(call, ast.Call)
             formula, data = ast.literal_eval(call.args[0]), ast.unparse(call.args[1])
             options = {k.arg: ast.literal_eval(k.value) for k in call.keywords}

@@ -338,7 +338,9 @@ def test_next_visit_is_the_conditional_expectation(sleep_fit: lmm.Fit) -> None:
     n = d.n
     W = np.linalg.solve(V[:n, :n], V[:n, n:])
     beta = sleep_fit.beta.to_numpy()
-    np.testing.assert_allclose(got["estimate"], X[n:] @ beta + W.T @ (d.y - X[:n] @ beta), rtol=1e-9)
+    np.testing.assert_allclose(
+        got["estimate"], X[n:] @ beta + W.T @ (d.y - X[:n] @ beta), rtol=1e-9
+    )
     gap = X[n:] - W.T @ X[:n]
     var = np.diag(V[n:, n:] - W.T @ V[:n, n:]) + np.diag(gap @ sleep_fit.vcov().to_numpy() @ gap.T)
     np.testing.assert_allclose(got["std_error"], np.sqrt(var), rtol=1e-8)

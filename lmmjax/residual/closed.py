@@ -41,7 +41,9 @@ def _pieces(phi: jax.Array, source: Patterns) -> Pieces:
     logdet = source.logdet_W + source.counts @ logs
     C = source.products(W)[None]
     none = jnp.zeros(0, phi.dtype)
-    red = lk.reduce(source.layout, none, *assemble(source.layout, source.where, C, source.n, logdet))
+    red = lk.reduce(
+        source.layout, none, *assemble(source.layout, source.where, C, source.n, logdet)
+    )
     last = source.take(jax.jacfwd(source.grid)(phi))
     # k as last axis: long vectors instead of many small products
     A = jnp.einsum("ptuk,puv->ptvk", jnp.einsum("pts,psuk->ptuk", W, last), W)

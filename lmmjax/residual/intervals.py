@@ -52,7 +52,10 @@ def wald(fit: Fit, level: float = 0.95) -> pd.DataFrame:
     if residual is None:
         return pd.DataFrame(columns=columns, dtype=float)
     structure, phi = residual.structure, jnp.asarray(fit.phi)
-    value, slope = np.asarray(structure.natural(phi)), np.asarray(jax.jacfwd(structure.natural)(phi))
+    value, slope = (
+        np.asarray(structure.natural(phi)),
+        np.asarray(jax.jacfwd(structure.natural)(phi)),
+    )
     se = np.sqrt(np.einsum("ik,kl,il->i", slope, _covariance(fit), slope))
     half = stats.norm.ppf(0.5 + check_level(level) / 2) * se
     low, high = np.empty((2, len(names)))

@@ -46,7 +46,9 @@ def encode(fit: Fit, newdata: Any) -> NewRows:
     values = evaluate_residual(r.spec, ev)
     for name, value in values.items():
         if np.any(is_missing(value)):
-            raise DataError(f"found missing values of {name.strip('|') or 'the subject'} in newdata.")
+            raise DataError(
+                f"found missing values of {name.strip('|') or 'the subject'} in newdata."
+            )
     m = len(table)
     subject = np.arange(m) - m - 1 if not r.correlated else _subject(r, values, m)
     pos, place = _positions(r, values, subject, m)

@@ -265,9 +265,7 @@ def _patterns(rows: Rows) -> Patterns | None:
         for name in ("M", "mask", "H", "pos")
     )
     real = mask > 0
-    grid, at = np.unique(
-        np.concatenate([pos[real], H[real]], axis=1), axis=0, return_inverse=True
-    )
+    grid, at = np.unique(np.concatenate([pos[real], H[real]], axis=1), axis=0, return_inverse=True)
     place = np.full(mask.shape, -1)
     place[real] = at.ravel()
     patterns, code = np.unique(place, axis=0, return_inverse=True)
