@@ -53,6 +53,15 @@ def _cold(libraries: list[Library], options: Any) -> dict[str, float | None]:
     return times
 
 
+def _iterative(core: int) -> Any:
+    """The prototype in a process of its own, pinned as all the others."""
+    command = [sys.executable, "-m", "benchmarks.iterative", "--json"]
+    out, wrong = measure.pinned(command, 1800.0, core, PYTHONPATH=str(measure.ROOT))
+    if wrong:
+        raise RuntimeError(f"benchmarks.iterative: {wrong}")
+    return json.loads(out.strip().splitlines()[-1])
+
+
 def _kept(name: str, make: Any, wanted: bool) -> Any:
     """Measure anew where wanted, else what was kept of an earlier run."""
     path = FOLDER / "results" / f"{name}.json"
@@ -74,7 +83,7 @@ def main() -> None:
     wanted = options.sections
     cold = _kept("cold", lambda: _cold(libraries, options), "cold" in wanted) or {}
     beside = _kept("threads", lambda: threads.measure(options.runs), "threads" in wanted)
-    stochastic = _kept("iterative", iterative.measure, "iterative" in wanted)
+    stochastic = _kept("iterative", lambda: _iterative(options.core), "iterative" in wanted)
     more = [threads.section(beside), iterative.section(stochastic)]
     PAGE.write_text(page.page(cold, [section for section in more if section]))
     print(f"wrote {PAGE}", file=sys.stderr)

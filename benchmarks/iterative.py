@@ -144,7 +144,9 @@ def conjugate_gradients(operator: Any, b: np.ndarray, tol: float, most: int = 50
     """Solve for all columns at once; their coefficients are the Lanczos matrices (mBCG)."""
     x, r = np.zeros_like(b), b.copy()
     p, rr = r.copy(), np.sum(b * b, axis=0)
-    start, alphas, betas = np.where(rr > 0, rr, 1.0), [], []
+    start = np.where(rr > 0, rr, 1.0)
+    alphas: list[np.ndarray] = []
+    betas: list[np.ndarray] = []
     while len(alphas) < most:
         q = operator(p)
         alpha = rr / np.maximum(np.sum(p * q, axis=0), 1e-300)
@@ -458,10 +460,10 @@ def section(rows: list[dict[str, Any]] | None) -> list[str]:
     return [
         "## Iterative engine (prototype) on InstEval",
         "",
-        f"{rows[0]['probes']} probes, the same at every θ; value and gradient. The error bar is the "
-        "standard error over probes plus the width of the quadrature bracket; the exact engine's "
-        "time is that of a value. At this size the exact engine is the right one; the prototype is "
-        "here to be right.",
+        f"{rows[0]['probes']} probes, the same at every θ; value and gradient. The error bar is "
+        "the standard error over probes plus the width of the quadrature bracket; the exact "
+        "engine's time is that of a value. At this size the exact engine is the right one; the "
+        "prototype is here to be right.",
         "",
         f"Calibration of the bar: over {len(z)} independent sets of 16 probes at the ML optimum, "
         f"error / SE has mean {np.mean(z):+.2f} and SD {np.std(z, ddof=1):.2f}; "

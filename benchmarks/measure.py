@@ -118,7 +118,7 @@ def _seconds(command: list[str], core: int, **env: str) -> float:
 
 
 def cold_lmmjax(formula: str, runs: int, core: int) -> dict[str, float]:
-    """Median time of ``lmmjax fit sleepstudy`` as a process: compilation cache empty, and filled."""
+    """Median time of ``lmmjax fit sleepstudy`` as a process, cache empty and filled."""
     command = [sys.executable, "-m", "lmmjax", "fit", "sleepstudy", formula]
     times: dict[str, list[float]] = {"first ever": [], "with cache": []}
     for _ in range(runs):

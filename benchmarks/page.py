@@ -65,18 +65,21 @@ def machine() -> list[str]:
     return [
         "# Benchmarks",
         "",
-        "Made by `make bench`. Every library runs in an environment of its own, in a process of its "
-        "own, pinned to one core, with one thread for BLAS, OpenMP and Rayon. Medians of warm "
-        f"calls. A library that had not finished a problem in {LIMIT:.0f} s (all its calls) says so.",
+        "Made by `make bench`. Every library runs in an environment of its own, in a process of "
+        "its own, pinned to one core, with one thread for BLAS, OpenMP and Rayon. Medians of warm "
+        f"calls. A library that has not finished all its calls on a problem in {LIMIT:.0f} s is "
+        "said to be over that limit.",
         "",
         f"Machine: {model[1] if model else platform.processor()}, {os.cpu_count()} cores, "
         f"{memory:.0f} GB; {platform.system()} {platform.release()}; Python "
         f"{platform.python_version()}. Versions: {versions}; lmmjax on {ours}.",
         "",
         "*From frame* goes from formula and data frame to a result whose criterion has been read. "
-        "*Built* refits what the library can prepare beforehand: a model object (lmmjax, mixedlm-rs, "
-        "statsmodels, lme-python), model matrices (lme4), plain columns (glmm). *First* is the first "
-        "call of a process, compilation included. *Criterion* is -2 log-likelihood (REML or ML); a "
+        "*Built* refits what the library can prepare beforehand: a model object (lmmjax, "
+        "mixedlm-rs, statsmodels, lme-python), model matrices (lme4), plain columns (glmm). "
+        "*First* is the first call of a process, compilation included. Peers that offer a pass "
+        "for degrees of freedom or standard errors of variances, to be left out, run without it. "
+        "*Criterion* is -2 log-likelihood (REML or ML); a "
         f"relative excess over the best above {WRONG:.0e} is a wrong optimum and counts as a loss. "
         "*Memory* is the peak of the process, in brackets what imports and data had taken before.",
         "",

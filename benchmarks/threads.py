@@ -1,4 +1,4 @@
-"""Does a fit gain from BLAS threads, alone and beside a busy process? ``python -m benchmarks.threads``
+"""BLAS threads or one, alone and beside a busy process: ``python -m benchmarks.threads``.
 
 Each configuration is a process of its own: BLAS threads as OpenBLAS chooses them, or one, set by
 threadpoolctl as a caller would; alone, or beside a process that keeps one core busy. Two measures:
