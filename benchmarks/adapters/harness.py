@@ -94,11 +94,10 @@ def peak_megabytes() -> float:
     return float("nan")
 
 
-def main(adapter: Callable[[Problem], dict[str, Any]], began: float) -> None:
-    """Run the adapter on the problem named on the command line; ``began`` is before imports."""
+def main(adapter: Callable[[Problem], Any]) -> None:
+    """Run the adapter on the problem named on the command line."""
     warnings.simplefilter("ignore")
     problem = {**json.loads(Path(sys.argv[1]).read_text()), "runs": int(sys.argv[2])}
-    problem["began"] = began
     try:
         result = adapter(problem)
     except CannotError as reason:

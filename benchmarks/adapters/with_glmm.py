@@ -1,9 +1,5 @@
 """glmm, without its Satterthwaite pass; prepared: plain columns instead of a data frame."""
 
-import time
-
-BEGAN = time.perf_counter()
-
 
 def adapter(problem):
     import glmm
@@ -25,4 +21,4 @@ def adapter(problem):
 if __name__ == "__main__":
     import harness
 
-    harness.main(adapter, BEGAN)
+    harness.main(adapter)

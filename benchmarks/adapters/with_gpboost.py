@@ -1,9 +1,5 @@
 """GPBoost: maximum likelihood, independent random coefficients; from arrays made of the frame."""
 
-import time
-
-BEGAN = time.perf_counter()
-
 
 def adapter(problem):
     import gpboost
@@ -32,4 +28,4 @@ def adapter(problem):
 if __name__ == "__main__":
     import harness
 
-    harness.main(adapter, BEGAN)
+    harness.main(adapter)

@@ -1,5 +1,4 @@
 # lme4 through Rscript: lme4.R PROBLEM.dcf RUNS. Prepared: lFormula(), the model matrices.
-began <- proc.time()[["elapsed"]]
 suppressMessages(library(lme4))
 args <- commandArgs(TRUE)
 problem <- read.dcf(args[1])[1, ]

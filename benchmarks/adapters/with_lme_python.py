@@ -1,9 +1,5 @@
 """lme-python on a polars frame with text groups (its own form); prepared: ``prepare_lmer``."""
 
-import time
-
-BEGAN = time.perf_counter()
-
 
 def adapter(problem):
     import harness
@@ -30,4 +26,4 @@ def adapter(problem):
 if __name__ == "__main__":
     import harness
 
-    harness.main(adapter, BEGAN)
+    harness.main(adapter)

@@ -2,8 +2,6 @@
 
 import time
 
-BEGAN = time.perf_counter()
-
 
 def adapter(problem):
     import harness
@@ -47,4 +45,4 @@ def own(problem, data):
 if __name__ == "__main__":
     import harness
 
-    harness.main(adapter, BEGAN)
+    harness.main(adapter)

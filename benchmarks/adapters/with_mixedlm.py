@@ -1,9 +1,5 @@
 """mixedlm; nothing prepared, since its ``refit`` starts from the optimum of the first fit."""
 
-import time
-
-BEGAN = time.perf_counter()
-
 
 def adapter(problem):
     import harness
@@ -20,4 +16,4 @@ def adapter(problem):
 if __name__ == "__main__":
     import harness
 
-    harness.main(adapter, BEGAN)
+    harness.main(adapter)

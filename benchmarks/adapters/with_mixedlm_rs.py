@@ -1,9 +1,5 @@
 """mixedlm-rs: one grouping factor; prepared: the model object."""
 
-import time
-
-BEGAN = time.perf_counter()
-
 
 def adapter(problem):
     import harness
@@ -25,4 +21,4 @@ def adapter(problem):
 if __name__ == "__main__":
     import harness
 
-    harness.main(adapter, BEGAN)
+    harness.main(adapter)

@@ -1,9 +1,5 @@
 """statsmodels: one grouping factor (crossed ones need an n x n matrix); prepared: the model."""
 
-import time
-
-BEGAN = time.perf_counter()
-
 
 def adapter(problem):
     import harness
@@ -25,4 +21,4 @@ def adapter(problem):
 if __name__ == "__main__":
     import harness
 
-    harness.main(adapter, BEGAN)
+    harness.main(adapter)
