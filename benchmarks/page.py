@@ -17,6 +17,15 @@ from benchmarks.problems import GROWTH, PROBLEMS, Problem
 #: a criterion further than this above the best one found is a wrong optimum (relative)
 WRONG = 1e-6
 
+#: what is aimed at: ratios of the best peer's time to ours, and absolute bounds
+TARGETS = {
+    "sleepstudy": "built 2",
+    "mathachieve": "built 2",
+    "insteval": "built 2.5, frame 1.3",
+    "million": "frame 3, memory 600 MB",
+    "crossed": "frame within 60 s",
+}
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table with an empty line after it."""
@@ -100,8 +109,10 @@ def summary(problems: Sequence[Problem]) -> list[str]:
             )
             ratio = "" if ours is None or time is None else f"{time / ours:.2f}"
             cells += [seconds(ours), f"{seconds(time)} ({peer})" if peer else "none", ratio]
-        rows.append(cells)
+        memory = found.get("lmmjax", {}).get("peak_mb", math.nan)
+        rows.append([*cells, f"{memory:.0f}", TARGETS.get(problem.name, "")])
     head = ["problem", "built", "best peer", "ratio", "from frame", "best peer", "ratio"]
+    head += ["memory (MB)", "target"]
     return [
         "## Best peer's time over lmmjax's",
         "",

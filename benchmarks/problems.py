@@ -1,7 +1,8 @@
 """The problems: formula, data and method, the same for every library.
 
 Bundled data sets, and synthetic ones made from a fixed seed. Each is written once, under
-``.bench/data``, as Parquet (and CSV for R), with a JSON description that the adapters read.
+``.bench/data``, as Parquet (and CSV for R), with a JSON description that the adapters read; delete
+that folder to have them made anew.
 """
 
 from __future__ import annotations
