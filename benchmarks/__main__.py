@@ -8,8 +8,10 @@ the peers' environments.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,12 @@ from benchmarks.peers import LIBRARIES, Library
 from benchmarks.problems import FOLDER, GROWTH, PROBLEMS, Problem, every
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-SECTIONS = ("problems", "growth", "cold", "threads", "iterative")
+#: further scripts of this folder, whose output is quoted as it is: heading, arguments
+SCRIPTS = {
+    "large": ("Larger than memory", ("--rows", "20000000")),
+    "kenward_roger": ("Kenward-Roger", ()),
+}
+SECTIONS = ("problems", "growth", "cold", "threads", "iterative", *SCRIPTS)
 
 
 def _options() -> argparse.Namespace:
@@ -62,6 +69,19 @@ def _iterative(core: int) -> Any:
     return json.loads(out.strip().splitlines()[-1])
 
 
+def _script(name: str) -> list[str] | None:
+    """The output of a further script as a section; None where this checkout has no such script."""
+    heading, arguments = SCRIPTS[name]
+    if importlib.util.find_spec(f"benchmarks.{name}") is None:
+        return None
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"benchmarks.{name}: {done.stderr.strip()[-400:]}")
+    said = " ".join(command[2:])
+    return [f"## {heading}", "", f"`python -m {said}`", "", "```", done.stdout.strip(), "```", ""]
+
+
 def _kept(name: str, make: Any, wanted: bool) -> Any:
     """Measure anew where wanted, else what was kept of an earlier run."""
     path = FOLDER / "results" / f"{name}.json"
@@ -85,6 +105,7 @@ def main() -> None:
     beside = _kept("threads", lambda: threads.measure(options.runs), "threads" in wanted)
     stochastic = _kept("iterative", lambda: _iterative(options.core), "iterative" in wanted)
     more = [threads.section(beside), iterative.section(stochastic)]
+    more += [_kept(name, lambda n=name: _script(n), name in wanted) for name in SCRIPTS]
     PAGE.write_text(page.page(cold, [section for section in more if section]))
     print(f"wrote {PAGE}", file=sys.stderr)
 
