@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DONE, NOT_CONVERGED, BAD_INPUT = 0, 1, 2
 
 FREQUENTIST = {"ml": "ML", "reml": "REML"}
-BAYESIAN = ("nuts", "laplace", "quadrature", "svi")
+BAYESIAN = ("nuts",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,12 +68,18 @@ def _tell(message: str) -> None:
 # -------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line on standard error, like all others."""
+
+    def error(self, message: str) -> Any:
+        _tell(f"error: {message}; see {self.prog} --help")
+        raise SystemExit(BAD_INPUT)
+
+
 def _parser() -> argparse.ArgumentParser:
     from lmmjax import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="lmmjax", description="Linear mixed models by ML, REML and Bayes."
-    )
+    parser = _Parser(prog="lmmjax", description="Linear mixed models by ML, REML and Bayes.")
     parser.add_argument("--version", action="version", version=f"lmmjax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _fit_parser(commands)

@@ -536,7 +536,8 @@ def _match(factor: Factor, levels: np.ndarray, name: str) -> np.ndarray:
     if np.any(place < 0):
         raise DataError(
             f"found level {used.levels[place < 0][0]!r} of {name} in newdata, which was not in "
-            f"training; expected one of {', '.join(levels)}."
+            f"training; expected one of {', '.join(levels)}. Leave these rows out, or fit "
+            "the model with data that have the level."
         )
     return np.append(place, np.int32(-1))[used.codes]
 
@@ -579,7 +580,7 @@ def _check_weights(weights: np.ndarray, rows: pd.Index) -> None:
     if bad.size:
         raise DataError(
             f"found {bad.size} weights that are not positive (first: {weights[bad[0]]:g} in row "
-            f"{rows[bad[0]]}); expected weights > 0. Remove these rows."
+            f"{rows[bad[0]]}); expected weights > 0 (varfixed(v) makes them 1/v). Remove them."
         )
 
 

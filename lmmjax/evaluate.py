@@ -355,7 +355,7 @@ class Evaluator:
         if isinstance(value, Factor | str):
             raise DataError(
                 f"found text or a categorical, {deparse(node)}, where numbers were expected; "
-                "use it as a factor, or convert the column."
+                "convert the column (a factor can stand only for itself, as a term of the formula)."
             )
         return value
 

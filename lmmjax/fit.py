@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import estimate, tables
+from lmmjax.derivatives import is_approximate
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
 from lmmjax.gram import Rhs
 from lmmjax.optimize import CONVERGED, FLAT_STOP, STATUS, newton_decrement
@@ -79,7 +80,7 @@ class Fit:
     seconds: float
     gradient: np.ndarray = field(repr=False)
     _theta_s: np.ndarray = field(repr=False)
-    _hessian_s: np.ndarray = field(repr=False)
+    _curvature_s: np.ndarray = field(repr=False)
     _beta: np.ndarray = field(repr=False)
     _unscaled_vcov: np.ndarray = field(repr=False)
 
@@ -185,8 +186,18 @@ class Fit:
 
     @cached_property
     @in_float64
+    def _hessian_s(self) -> np.ndarray:
+        """Exact Hessian in standardised units; for a large crossed core only now computed."""
+        layout = self.model._plan.layout
+        if not is_approximate(layout):
+            return self._curvature_s
+        the_gram, rhs = self.model._on_device
+        return np.asarray(estimate.hessian(layout, self.method, self._theta_s, the_gram, rhs))
+
+    @cached_property
+    @in_float64
     def _vcov_derivative(self) -> tuple[np.ndarray, np.ndarray]:
-        the_gram, rhs = self.model._standard[2:]
+        the_gram, rhs = self.model._on_device
         V, dV = estimate.vcov_and_derivative(
             self.model._plan.layout, self.method, jnp.asarray(self._theta_s), the_gram, rhs
         )
@@ -225,7 +236,7 @@ class Fit:
     @in_float64
     def _effects(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Per group: BLUPs (J, S) and conditional covariances (J, S, S), in the data's units."""
-        the_gram, rhs = self.model._standard[2:]
+        the_gram, rhs = self.model._on_device
         layout = self.model._plan.layout
         b, cov = estimate.effects(layout, the_gram, rhs, jnp.asarray(self._theta_s))
         out = {}
@@ -434,7 +445,7 @@ def _optimizer_key(optimizer: Any) -> tuple[Any, str]:
 
 def _start(model: Model, start: Any) -> np.ndarray:
     if start is None:
-        return estimate.start(model._plan.layout)
+        return model._start
     theta = np.asarray(start, float)
     expected = len(model.theta_names)
     if theta.shape != (expected,) or not np.all(np.isfinite(theta)):
@@ -469,23 +480,23 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
     check_identifiable(model.design)
     df = check_df(df) if df is not None else ("satterthwaite" if model.is_mixed else "residual")
     key, name = _optimizer_key(optimizer)
-    the_gram, rhs = model._arrays()
+    the_gram, rhs = model._on_device
     layout, units = model._plan.layout, model._units
-    theta0 = jnp.asarray(_start(model, start), model.dtype)
+    theta0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
-    best, est = jax.block_until_ready(
+    best, est = jax.device_get(
         estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
     )
     seconds = time.perf_counter() - began
     theta_s, hessian = np.asarray(best.theta, float), np.asarray(best.hessian, float)
     boundary = _boundary(model, theta_s)
-    converged, words = _judge(best, hessian, method, model.dtype)
+    converged, words = _judge(best, hessian, method, model.dtype, name)
     fit = Fit(
         model=model,
         method=method,
         df=df,
         optimizer=name,
-        theta=model._theta_public(theta_s),
+        theta=_frozen(model._theta_public(theta_s)),
         sigma=units.scale * math.sqrt(float(est.sigma2)),
         loglik=-0.5 * (float(best.value) + units.constant(method)),
         converged=converged,
@@ -493,9 +504,9 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
         message="; ".join([words, *boundary]),
         n_evals=int(best.n_evals),
         seconds=seconds,
-        gradient=np.asarray(best.gradient, float),
+        gradient=_frozen(np.array(best.gradient, float)),
         _theta_s=theta_s,
-        _hessian_s=hessian,
+        _curvature_s=hessian,
         _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float),
         _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float) @ units.A.T,
     )
@@ -506,7 +517,13 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
     return fit
 
 
-def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[bool, str]:
+def _frozen(values: np.ndarray) -> np.ndarray:
+    """The array, closed to writing: results are immutable."""
+    values.setflags(write=False)
+    return values
+
+
+def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str, name: str) -> tuple[bool, str]:
     """Convergence by what a Newton step still promises and by the curvature, in words."""
     if len(hessian) == 0:
         return True, "closed form"
@@ -517,9 +534,8 @@ def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[boo
             "size or a response that the model fits exactly"
         )
     gradient = np.asarray(best.gradient, float)
-    promised = newton_decrement(gradient, hessian)
+    promised, lowest = newton_decrement(gradient, hessian)
     tolerance = 1e-6 if dtype == "float64" else 1e-2
-    lowest = float(np.linalg.eigvalsh(hessian)[0])
     curved = lowest > -1e-6 * max(1.0, float(np.abs(hessian).max()))
     largest = float(np.max(np.abs(gradient)))
     checks = f"{best.n_evals} evaluations, largest gradient {largest:.1g}"
@@ -530,9 +546,15 @@ def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[boo
     reason = STATUS[status] if not curved or status != CONVERGED else "the gradient is not zero"
     if not curved:
         reason += ", at a saddle point"
+    remedy = (
+        "use another start=" if name == "newton" else "use optimizer='newton', or another start="
+    )
+    if np.max(np.abs(np.asarray(best.theta))) > 1e4:
+        reason += ", the residual variance goes to 0"
+        remedy = "the random effects reproduce the response: simplify them, or check for copies"
     return False, (
         f"did not converge: {reason} ({checks}; a Newton step promises {promised:.2g} less "
-        f"{method} criterion); use optimizer='newton', or another start="
+        f"{method} criterion); {remedy}"
     )
 
 

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmmjax import cross
 from lmmjax.covariance import Covariance, covariance
+from lmmjax.cross import Cross
 from lmmjax.errors import DesignError
 
 # -------------------------------------------------------------------------------------------------
@@ -205,6 +207,7 @@ class Layout:
     chain: tuple[tuple[tuple[int, ...], int, int], ...]  # (terms, S, J)
     core: tuple[tuple[tuple[int, ...], int, int], ...]
     p: int
+    sparse: bool = False  # products of the chain's one factor with the core are kept by entry
 
     @property
     def n_theta(self) -> int:
@@ -222,7 +225,7 @@ class Layout:
 
     def split(self, theta: Any) -> list[Any]:
         """Cut θ into the parameters of each term."""
-        ends = np.cumsum([0, *(s.n_theta for s in self.structures)])
+        ends = itertools.accumulate((s.n_theta for s in self.structures), initial=0)
         return [theta[a:b] for a, b in itertools.pairwise(ends)]
 
 
@@ -236,6 +239,18 @@ class Plan:
     @property
     def n_chain(self) -> int:
         return len(self.layout.chain)
+
+    def words(self) -> str:
+        """The order of elimination, in words."""
+        chain, core = self.factors[: self.n_chain], self.factors[self.n_chain :]
+        if not chain:
+            return "least squares"
+        words = "level by level: " + ", then ".join(f"{f.group} ({f.J} levels)" for f in chain)
+        if not core:
+            return words
+        products = "kept by entry" if self.layout.sparse else "as dense blocks"
+        names = ", ".join(f"{f.group} ({f.J})" for f in core)
+        return f"{words}; dense core: {names}; products between them {products}"
 
 
 def _parents(child: np.ndarray, J: int, parent: np.ndarray) -> np.ndarray | None:
@@ -255,7 +270,9 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
     The largest factor goes first: its block of Z'Z is block-diagonal. Each further factor of more
     than ``dense`` columns, by falling size, joins the chain if every chain factor is nested in it,
     so that elimination fills in nothing outside its diagonal blocks. All others belong to the
-    dense core: crossed factors, and outer factors so small that elimination would not pay.
+    dense core: crossed factors, and outer factors so small that elimination would not pay. The
+    products of a chain of one factor with the core are kept sparse where that is cheaper by count
+    (``layout.sparse``).
     """
     groups: dict[str, list[int]] = {}
     for k, term in enumerate(design.terms):
@@ -280,8 +297,20 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
         tuple((f.terms, f.S, f.J) for f in chain),
         tuple((f.terms, f.S, f.J) for f in core),
         design.p,
+        _prefers_lists(chain, core, codes),
     )
     return Plan(layout, (*chain, *core))
+
+
+def _prefers_lists(chain: list[Factor], core: list[Factor], codes: dict[str, np.ndarray]) -> bool:
+    """Whether the chain's products with the core are cheaper by entry than as dense blocks."""
+    d = sum(f.S * f.J for f in core)
+    if len(chain) != 1 or d <= DENSE:
+        return False
+    first = chain[0]
+    parts = [(codes[f.group], f.S, f.J) for f in core]
+    pairs = cross.count_pairs(codes[first.group], first.J, parts)
+    return cross.pays(pairs, first.S, first.J, d)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -292,7 +321,8 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
 class Gram(NamedTuple):
     """Cross-products that do not involve y (a pytree of arrays). They add over rows.
 
-    The *border* of a chain factor are its products with the core's Z columns and X, in this order.
+    The *border* of a chain factor are its products with the core's Z columns and X, in this order;
+    with X alone in a sparse layout, whose products with Z are kept by entry in ``cross``.
     """
 
     own: tuple[Any, ...]  # chain i: Z_i'Z_i by level, (S_i, S_i, J_i)
@@ -302,6 +332,7 @@ class Gram(NamedTuple):
     core: Any  # (d + p, d + p)
     n: Any  # rows, ()
     logdet_R: Any  # log det of the residual correlation / precision weights, ()
+    cross: Cross | None = None
 
 
 class Rhs(NamedTuple):
@@ -401,13 +432,14 @@ def crossproducts(
     rest = the_plan.factors[the_plan.n_chain :]
     codes = {f.group: design.terms[f.terms[0]].codes for f in the_plan.factors}
     core = [(_stack(standardised, f), codes[f.group], f.J) for f in rest]
-    d = the_plan.layout.d
+    d, sparse = the_plan.layout.d, the_plan.layout.sparse
+    left = 0 if sparse else d  # columns of the core in the dense border
     own, up, parent, border, rhs_border = [], [], [], [], []
     stacked = [_stack(standardised, f) for f in chain]
     for i, f in enumerate(chain):
         level_sum = LevelSums(codes[f.group], f.J)
         own_i = np.empty((f.S, f.S, f.J))
-        border_i = np.empty((f.S, d + p, f.J))
+        border_i = np.empty((f.S, left + p, f.J))
         rhs_i = np.empty((f.S, f.J))
         up_i = [np.empty((f.S, g.S, f.J)) for g in chain[i + 1 :]]
         for s in range(f.S):
@@ -417,9 +449,10 @@ def crossproducts(
             for block, z in zip(up_i, stacked[i + 1 :], strict=True):
                 for t in range(z.shape[1]):
                     block[s, t] = level_sum(wz * z[:, t])
-            border_i[s, :d] = _core_columns(core, codes[f.group], f.J, wz)
+            if left:
+                border_i[s, :left] = _core_columns(core, codes[f.group], f.J, wz)
             for j in range(p):
-                border_i[s, d + j] = level_sum(wz * X[:, j])
+                border_i[s, left + j] = level_sum(wz * X[:, j])
             rhs_i[s] = level_sum(wz * y)
         own.append(own_i)
         up.append(tuple(up_i))
@@ -441,5 +474,6 @@ def crossproducts(
         _core_gram(core, X, w),
         np.float64(n),
         np.float64(0.0 if w is None else -np.sum(np.log(w))),
+        cross.entries(codes[chain[0].group], stacked[0], w, chain[0].J, core) if sparse else None,
     )
     return gram, Rhs(tuple(rhs_border), core_y[0], np.float64(y @ wy))

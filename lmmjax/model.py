@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax import estimate, gram
+from lmmjax import derivatives, gram, start
 from lmmjax import likelihood as lk
 from lmmjax.design import Design, build_design
 from lmmjax.errors import DataError, DesignError, FormulaError
@@ -134,6 +134,11 @@ class Model:
         return {t.group: len(t.levels) for t in self.design.terms}
 
     @property
+    def engine(self) -> str:
+        """How the likelihood is computed for these data, in words: chosen by count."""
+        return self._plan.words()
+
+    @property
     def is_mixed(self) -> bool:
         """Whether the model has random effects."""
         return bool(self.design.terms)
@@ -148,8 +153,11 @@ class Model:
 
     @property
     def theta0(self) -> np.ndarray:
-        """The start of the optimisation as θ in the units of the data; shape (n_theta,)."""
-        return self._theta_public(estimate.start(self._plan.layout))
+        """The start of the optimisation as θ in the units of the data; shape (n_theta,).
+
+        Variances by the method of moments (MINQUE(0)), kept away from 0.
+        """
+        return self._theta_public(self._start)
 
     # -- the pieces of the likelihood -----------------------------------------------------------
 
@@ -162,6 +170,19 @@ class Model:
             standardised.units,
             *gram.crossproducts(self.design, the_plan, standardised),
         )
+
+    @cached_property
+    def _start(self) -> np.ndarray:
+        """Start in standardised units."""
+        return start.moments(self._plan.layout, *self._standard[2:])
+
+    @cached_property
+    def _on_device(self) -> tuple[Gram, Rhs]:
+        """:meth:`_arrays` as JAX arrays; for use inside ``float64()`` only."""
+        return jax.tree.map(jnp.asarray, self._arrays())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_on_device"}
 
     @property
     def _plan(self) -> gram.Plan:
@@ -234,8 +255,8 @@ class Model:
             )
         the_gram, rhs = self._arrays()
         undo = [np.linalg.inv(B).astype(self.dtype) for B in self._units.B]
-        red = lk.reduce(layout, theta, the_gram, rhs, undo)
-        return lk.deviance(red, method) + self._units.constant(method)
+        value = derivatives.profiled(layout, method, theta, the_gram, rhs, undo)
+        return value + self._units.constant(method)
 
     # -- what to do with it ---------------------------------------------------------------------
 

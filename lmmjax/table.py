@@ -87,8 +87,10 @@ class Table:
         close = difflib.get_close_matches(name, self.names, n=3, cutoff=0.6)
         close = close or [c for c in self.names if c.lower() == name.lower()]
         shown = ", ".join(self.names[:20]) + (" ..." if len(self.names) > 20 else "")
-        hint = f"did you mean {' or '.join(close)}?" if close else f"its columns are {shown}."
-        return f"found no column {deparse(Name(name))} in {self.what}; {hint}"
+        hint = f" Did you mean {' or '.join(close)}?" if close else " Check the spelling."
+        return (
+            f"found no column {deparse(Name(name))} in {self.what}; expected one of {shown}.{hint}"
+        )
 
 
 def _open(data: Any, what: str) -> Any:

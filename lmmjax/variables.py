@@ -119,7 +119,8 @@ def _response(ev: Evaluator, parsed: ParsedFormula) -> np.ndarray:
     value = ev.variable(parsed.response_node)
     if isinstance(value, Factor):
         raise DataError(
-            f"found text or a categorical as response {parsed.response}; expected numbers."
+            f"found text or a categorical as response {parsed.response}; expected numbers. Convert "
+            "the column, or name another one on the left of ~."
         )
     if isinstance(value, Matrix):
         raise DataError(f"found several columns as response {parsed.response}; expected one.")
@@ -182,7 +183,11 @@ def complete_rows(raw: Variables, option: str) -> tuple[np.ndarray | None, dict[
     if dropped.all():
         shown = ", ".join(f"{name} ({count})" for name, count in counts.items())
         detail = f" (missing values: {shown})" if counts else ""
-        raise DesignError(f"found no complete row in {dropped.size} rows{detail}; check the data.")
+        raise DesignError(
+            f"found no complete row in {dropped.size} rows{detail}; expected at least one row in "
+            "which no variable of the model is missing. Drop the variable that is never there, or "
+            "fill its values."
+        )
     return (~dropped if counts else None), counts
 
 
