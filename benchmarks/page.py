@@ -88,6 +88,7 @@ def machine() -> list[str]:
         "mixedlm-rs, statsmodels, lme-python), model matrices (lme4), plain columns (glmm). "
         "*First* is the first call of a process, compilation included. Peers that offer a pass "
         "for degrees of freedom or standard errors of variances, to be left out, run without it. "
+        "*(CPU)* is the processor's time of the same calls, which other work disturbs less. "
         "*Criterion* is -2 log-likelihood (REML or ML); a "
         f"relative excess over the best above {WRONG:.0e} is a wrong optimum and counts as a loss. "
         "*Memory* is the peak of the process, in brackets what imports and data had taken before.",
@@ -138,19 +139,22 @@ def by_problem(problem: Problem) -> list[str]:
     """All libraries on one problem."""
     found = results(problem)
     best = best_objective(found)
-    head = ["library", "built", "from frame", "first", "criterion", "excess", "memory (MB)"]
+    head = ["library", "built", "(CPU)", "from frame", "(CPU)", "first", "criterion", "excess"]
+    head.append("memory (MB)")
     rows = [_row(name, result, best) for name, result in found.items()]
     return [f"### {problem.title}", "", f"`{problem.formula}`", "", *table(head, rows)]
 
 
 def _row(name: str, result: Result, best: float) -> list[str]:
     if "frame" not in result:
-        return [name, result.get("wrong") or result["cannot"], "", "", "", "", ""]
+        return [name, result.get("wrong") or result["cannot"], *[""] * 7]
     above = excess(result, best)
     return [
         name,
         seconds(figure(result, "built")),
+        seconds(figure(result, "built", "cpu")),
         seconds(figure(result, "frame")),
+        seconds(figure(result, "frame", "cpu")),
         seconds(figure(result, "frame", "first")),
         f"{result['frame']['objective']:.6f}",
         f"{above:.0e}" + (" **wrong optimum**" if above > WRONG else ""),

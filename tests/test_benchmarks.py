@@ -22,8 +22,8 @@ def test_a_fast_wrong_optimum_is_a_loss():
     }
     best = page.best_objective(found)
     assert page._best_peer(found, "frame", best) == ("slow", 3.0)
-    assert "**wrong optimum**" in page._row("quick", found["quick"], best)[5]
-    assert "wrong" not in page._row("slow", found["slow"], best)[5]
+    assert "**wrong optimum**" in page._row("quick", found["quick"], best)[7]
+    assert "wrong" not in page._row("slow", found["slow"], best)[7]
 
 
 def test_the_table_tells_why_there_is_no_figure():

@@ -16,8 +16,10 @@ def adapter(problem):
 
     def frame():
         groups = data[[t["group"] for t in problem["terms"]]].astype(str).to_numpy()
-        used = pd.get_dummies(data[problem["covariates"]], drop_first=True, dtype=float)
-        X = np.column_stack([np.ones(len(data)), used])
+        X = np.ones((len(data), 1))
+        if problem["covariates"]:
+            used = pd.get_dummies(data[problem["covariates"]], drop_first=True, dtype=float)
+            X = np.column_stack([X, used])
         model = gpboost.GPModel(group_data=groups, likelihood="gaussian", num_parallel_threads=1)
         model.fit(data[response].to_numpy(float), X=X)
         return 2 * model.get_current_neg_log_likelihood()
