@@ -24,9 +24,9 @@ from typing import Any
 Problem = dict[str, Any]
 Fit = Callable[[], float]
 
-#: short calls are repeated more often, long ones less: seconds to spend on the repeats of a call
+#: seconds to spend on the repeats of a call: short ones are repeated more often, long ones less
 BUDGET = 20.0
-SHORT = 0.05
+ENOUGH = 1.0
 
 
 class CannotError(Exception):
@@ -82,7 +82,7 @@ def repeat(call: Fit, runs: int) -> dict[str, Any]:
 
 
 def _wanted(seconds: float, runs: int) -> int:
-    return runs if seconds > SHORT else max(runs, 25)
+    return max(runs, min(500, int(ENOUGH / max(seconds, 1e-9))))
 
 
 def timings(problem: Problem, frame: Fit, prepare: Callable[[], Fit] | None) -> dict[str, Any]:
