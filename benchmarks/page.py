@@ -77,7 +77,7 @@ def machine() -> list[str]:
         "Made by `make bench`. Every library runs in an environment of its own, in a process of "
         "its own, pinned to one core, with one thread for BLAS, OpenMP and Rayon. Medians of warm "
         f"calls. A library that has not finished all its calls on a problem in {LIMIT:.0f} s is "
-        "said to be over that limit.",
+        "said to be over that limit; a first call longer than 30 s is not repeated.",
         "",
         f"Machine: {model[1] if model else platform.processor()}, {os.cpu_count()} cores, "
         f"{memory:.0f} GB; {platform.system()} {platform.release()}; Python "
@@ -167,7 +167,7 @@ def own(problems: Sequence[Problem]) -> list[str]:
     rows = []
     for problem in problems:
         r = results(problem).get("lmmjax", {})
-        if "frame" in r:
+        if "build" in r:
             compile_s = figure(r, "frame", "first") - figure(r, "frame")  # type: ignore[operator]
             numbers = [seconds(r["build"]), seconds(compile_s), seconds(figure(r, "built"))]
             rows.append([problem.title, *numbers, str(r["evaluations"]), seconds(r.get("tests"))])

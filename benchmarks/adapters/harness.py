@@ -27,6 +27,8 @@ Fit = Callable[[], float]
 #: seconds to spend on the repeats of a call: short ones are repeated more often, long ones less
 BUDGET = 20.0
 ENOUGH = 1.0
+#: a first call longer than this (s) is the figure: nothing is repeated, nothing else is measured
+SLOW = 30.0
 
 
 class CannotError(Exception):
@@ -64,6 +66,8 @@ def repeat(call: Fit, runs: int) -> dict[str, Any]:
     first = time.perf_counter() - start
     if runs == 0:
         return {"first": first, "runs": 0, "objective": float(objective)}
+    if first > SLOW:
+        return {"first": first, "warm": first, "runs": 1, "objective": float(objective)}
     times: list[float] = []
     cpu: list[float] = []
     while not times or (len(times) < _wanted(times[0], runs) and sum(times) + times[-1] < BUDGET):
@@ -90,7 +94,7 @@ def timings(problem: Problem, frame: Fit, prepare: Callable[[], Fit] | None) -> 
     before = peak_megabytes()
     out: dict[str, Any] = {"frame": repeat(frame, problem["runs"])}
     out |= {"peak_mb": peak_megabytes(), "loaded_mb": before}
-    if prepare is not None and problem["runs"]:
+    if prepare is not None and problem["runs"] and out["frame"]["first"] <= SLOW:
         out["built"] = repeat(prepare(), problem["runs"])
     return out
 
