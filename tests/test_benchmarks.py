@@ -66,7 +66,7 @@ def test_the_harness_repeats_and_reports(capsys, tmp_path, monkeypatch):
     harness.main(lambda p: harness.timings(p, lambda: 7.0, lambda: lambda: 7.0))
     told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert told["frame"]["objective"] == told["built"]["objective"] == 7.0
-    assert told["frame"]["runs"] == 500 and told["peak_mb"] > 1
+    assert 3 <= told["frame"]["runs"] <= 500 and told["peak_mb"] > 1
 
 
 def test_what_a_library_lacks_is_told(capsys, tmp_path, monkeypatch):
