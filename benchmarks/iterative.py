@@ -389,13 +389,13 @@ def measure(probes: int = 256, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def calibration(system: System, theta: np.ndarray, exact: float, seeds: int = 60) -> list[float]:
-    """Error / SE of the ML criterion for many independent sets of 16 probes."""
+def calibration(system: System, theta: np.ndarray, exact: float, sets: int = 200) -> list[float]:
+    """Error / SE of the ML criterion for many independent sets of 32 probes."""
     operator = Operator(system, theta)
     known = known_part(solve_border(operator, theta, 1e-12), system.n, "ML")[0]
     out = []
-    for seed in range(seeds):
-        probes = random_probes(sum(system.sizes), 16, 1000 + seed)
+    for seed in range(sets):
+        probes = random_probes(sum(system.sizes), 32, 1000 + seed)
         total, _ = logdet(operator, probes, 1e-8)
         out.append((total.value + known - exact) / total.se)
     return out
@@ -465,7 +465,7 @@ def section(rows: list[dict[str, Any]] | None) -> list[str]:
         "engine's time is that of a value. At this size the exact engine is the right one; the "
         "prototype is here to be right.",
         "",
-        f"Calibration of the bar: over {len(z)} independent sets of 16 probes at the ML optimum, "
+        f"Calibration of the bar: over {len(z)} independent sets of 32 probes at the ML optimum, "
         f"error / SE has mean {np.mean(z):+.2f} and SD {np.std(z, ddof=1):.2f}; "
         f"{np.mean(np.abs(z) < 2):.0%} are below 2.",
         "",
