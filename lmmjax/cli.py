@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmmjax import cli_batch
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError
 
 if TYPE_CHECKING:
@@ -84,13 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _fit_parser(commands)
     _compare_parser(commands)
+    cli_batch.add_parsers(commands, _command, _names)
     return parser
 
 
 def _fit_parser(commands: Any) -> None:
     parser = _command(commands, "fit", "fit one model", _fit)
     parser.add_argument("--method", type=str.lower, choices=list(FREQUENTIST), default="reml")
-    parser.add_argument("--df", help="satterthwaite, residual or wald")
+    parser.add_argument("--df", help="satterthwaite, kenward-roger, residual, containment or wald")
 
 
 def _compare_parser(commands: Any) -> None:

@@ -34,7 +34,6 @@ they cancel (Gilmour, Thompson and Cullis 1995); with w_k = E_k T v and Ã_P = �
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -103,14 +102,12 @@ def for_optimiser(
 # -------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _profiled(
+def _value(
     layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any
 ) -> jax.Array:
     return lk.deviance(lk.reduce(layout, theta, gram, rhs, units), method)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _gradient(
     layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any
 ) -> jax.Array:
@@ -123,18 +120,19 @@ def _hessian(
     return closed_form(layout, method, theta, gram, rhs, units)[2]
 
 
-def _rule(
-    function: Callable[..., jax.Array], slope: Callable[..., jax.Array]
-) -> Callable[..., Any]:
-    """The derivative rule of ``function``: ``slope`` in θ, automatic in the data and units."""
+def _with_rule(
+    plain: Callable[..., jax.Array], slope: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """``plain`` with the derivative ``slope`` in θ; automatic in the data and units."""
+    rule = jax.custom_jvp(plain, nondiff_argnums=(0, 1))
 
     def jvp(layout: Layout, method: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
         theta, *data = primals
         theta_dot, *data_dot = tangents
-        value = function(layout, method, theta, *data)
-        leaves, tree = jax.tree.flatten(data)
-        dots = tree.flatten_up_to(data_dot)
         zero = jax.custom_derivatives.SymbolicZero
+        value = rule(layout, method, theta, *data)
+        leaves, tree = jax.tree.flatten(data)
+        dots = jax.tree.leaves(data_dot, is_leaf=lambda a: isinstance(a, zero))
         moving = [
             i
             for i, (leaf, dot) in enumerate(zip(leaves, dots, strict=True))
@@ -149,17 +147,17 @@ def _rule(
                 filled = list(leaves)
                 for i, leaf in zip(moving, chosen, strict=True):
                     filled[i] = leaf
-                return function.__wrapped__(layout, method, theta, *tree.unflatten(filled))
+                return plain(layout, method, theta, *jax.tree.unflatten(tree, filled))
 
             chosen, pushed = [leaves[i] for i in moving], [dots[i] for i in moving]
             out = out + jax.jvp(of_data, (chosen,), (pushed,))[1]
         return value, out
 
-    return jvp
+    rule.defjvp(jvp, symbolic_zeros=True)
+    return rule
 
 
-_profiled.defjvp(_rule(_profiled, _gradient), symbolic_zeros=True)
-_gradient.defjvp(_rule(_gradient, _hessian), symbolic_zeros=True)
+_with_gradient = _with_rule(_value, _with_rule(_gradient, _hessian))
 
 
 def profiled(
@@ -173,7 +171,7 @@ def profiled(
         As for :func:`lmmjax.likelihood.reduce`.
     """
     if has_closed_form(layout):
-        return _profiled(layout, method, theta, gram, rhs, tuple(units))
+        return _with_gradient(layout, method, theta, gram, rhs, tuple(units))
     return lk.deviance(lk.reduce(layout, theta, gram, rhs, units), method)
 
 
@@ -241,6 +239,7 @@ class Pieces(NamedTuple):
     red: lk.Reduction
     lams: list[jax.Array]  # Λ per factor, chain first
     a: jax.Array  # a_i, (S, S, J)
+    every_a: jax.Array  # a_i times the number of levels that it stands for (Gram.times)
     P: Any  # DenseP or SparseP
     T: jax.Array  # rows of T of the chain, (S, p + 1, J)
     T_core: jax.Array  # rows of T of the core, (d, p + 1)
@@ -259,6 +258,7 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
     W_B = jnp.concatenate([f.border[0], red.row.chain[0][:, None]], axis=1)
     B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
     a = gram.own[0] - lk.per_level(W_A, W_A)
+    every_a = a * gram.times[0] if gram.times else a
     fixed = B - lk.per_level(W_A, W_B)
     P: DenseP | SparseP
     if f.root is None:
@@ -274,7 +274,7 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
     T, T_core = fixed - P.apply(QK) if d else fixed, K[:, d:] - K[:, :d] @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
     lams = list(f.lams)
-    return Pieces(red, lams, a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
+    return Pieces(red, lams, a, every_a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
 
 
 def inverse_from_cholesky(L: jax.Array, block: int = 160) -> jax.Array:
@@ -386,7 +386,7 @@ def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
 def _traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
     """2 tr(C T'E_k Ã E_l T) - tr(Ã E_k Ã E_l), (n_theta, n_theta)."""
     H = _inner(_left(C, k.T), k.T)
-    hessian = _double(_outer(2 * H - k.a, k.a), E[0], E[0])
+    hessian = _double(_outer(2 * H - k.every_a, k.a), E[0], E[0])
     if not layout.core:
         return hessian
     return hessian + _core_traces(layout, k, E, C)
@@ -498,7 +498,7 @@ def _average(layout: Layout, k: Pieces, E: list[jax.Array], ratio: jax.Array) ->
 
 def _gamma(layout: Layout, k: Pieces, C: jax.Array) -> list[jax.Array]:
     """Sums of the diagonal blocks of Γ = Ã - T C T' per factor, (S, S) each."""
-    chain = jnp.sum(k.a - _inner(_left(C, k.T), k.T), axis=-1)
+    chain = jnp.sum(k.every_a - _inner(_left(C, k.T), k.T), axis=-1)
     if not layout.core:
         return [chain]
     chain = chain - jnp.sum(k.P.conjugate(k.Q), axis=-1)

@@ -238,7 +238,8 @@ def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
     Us, ups, borders = [], [], []
     for i in range(c):
         U, W_up, W = _eliminate(layout, blocks, gram, i)
-        logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(U)))
+        logs = jnp.log(jnp.diagonal(U))
+        logdet = logdet + 2 * jnp.sum(logs * gram.times[i][:, None] if gram.times else logs)
         Us.append(U)
         ups.append(W_up)
         borders.append(W)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmmjax.covariance import Diagonal, Unstructured
 from lmmjax.gram import Gram, Layout, Rhs
 
 #: relative SDs of a start stay between these: away from the saddle at 0, and from infinity
@@ -59,20 +60,13 @@ def moments(layout: Layout, gram: Gram, rhs: Rhs) -> np.ndarray:
 
 def _variances(layout: Layout, gram: Gram, rhs: Rhs) -> np.ndarray | None:
     """Variance of each column of Z, chain first, and of the residual; None where undetermined."""
-    d, p = layout.d, layout.p
+    d = layout.d
     W = np.linalg.inv(gram.core[d:, d:])
     columns = _columns(layout, gram, rhs)
     K = len(columns)
-    system, right = np.empty((K + 1, K + 1)), np.empty(K + 1)
-    weighted = [W @ (c.u @ c.u.T) for c in columns]
+    system, right = _system(layout, gram, columns, W), np.empty(K + 1)
     for i, a in enumerate(columns):
-        for j, b in enumerate(columns[: i + 1]):
-            squares, middle = _products(layout, gram, a, b)
-            overlap = np.sum(weighted[i] * weighted[j].T) - 2 * np.sum(W * middle.T)
-            system[i, j] = system[j, i] = squares + overlap
-        system[i, K] = system[K, i] = a.trace - np.trace(weighted[i])
         right[i] = np.sum((a.y - a.u.T @ (W @ rhs.core[d:])) ** 2)
-    system[K, K] = float(gram.n) - p
     right[K] = float(rhs.yy) - rhs.core[d:] @ W @ rhs.core[d:]
     if not np.all(np.isfinite(system)) or np.linalg.cond(system) > 1e12:
         return None
@@ -80,6 +74,65 @@ def _variances(layout: Layout, gram: Gram, rhs: Rhs) -> np.ndarray | None:
     total = right[K] / system[K, K]
     variances[K] = max(variances[K], 0.05 * total)
     return variances
+
+
+def _system(layout: Layout, gram: Gram, columns: list[_Column], W: np.ndarray) -> np.ndarray:
+    """Expectations of the quadratic forms per unit of each variance, σ² last: (K + 1, K + 1)."""
+    K = len(columns)
+    system = np.empty((K + 1, K + 1))
+    weighted = [W @ (c.u @ c.u.T) for c in columns]
+    for i, a in enumerate(columns):
+        for j, b in enumerate(columns[: i + 1]):
+            squares, middle = _products(layout, gram, a, b)
+            overlap = np.sum(weighted[i] * weighted[j].T) - 2 * np.sum(W * middle.T)
+            system[i, j] = system[j, i] = squares + overlap
+        system[i, K] = system[K, i] = a.trace - np.trace(weighted[i])
+    system[K, K] = float(gram.n) - layout.p
+    return system
+
+
+def moments_of_many(layout: Layout, gram: Gram, rhs: Rhs) -> np.ndarray:
+    """:func:`moments` of many responses on one design, ``rhs`` with a leading axis: (m, n_theta).
+
+    Structures other than unstructured and diagonal start from the identity. O(m q).
+    """
+    m, d = len(rhs.yy), layout.d
+    out = np.tile(identity(layout), (m, 1))
+    if len(layout.chain) != 1 or layout.n_theta == 0:
+        return out
+    W = np.linalg.inv(gram.core[d:, d:])
+    first = Rhs(tuple(b[0] for b in rhs.border), rhs.core[0], rhs.yy[0])
+    columns = _columns(layout, gram, first)
+    system = _system(layout, gram, columns, W)
+    if not np.all(np.isfinite(system)) or np.linalg.cond(system) > 1e12:
+        return out
+    fixed = rhs.core[:, d:] @ W  # (m, p)
+    right = np.empty((m, len(columns) + 1))
+    for i, c in enumerate(columns):
+        f, s = c.place
+        y = rhs.border[0][:, s] if f < 0 else rhs.core[:, _rows(layout, c)]
+        rest = y - fixed @ c.u
+        right[:, i] = np.einsum("mj,mj->m", rest, rest)
+    right[:, -1] = rhs.yy - np.einsum("mi,mi->m", fixed, rhs.core[:, d:])
+    variances = np.linalg.solve(system, right.T).T
+    residual = np.maximum(variances[:, -1], 0.05 * right[:, -1] / system[-1, -1])
+    ratio = np.nan_to_num(variances[:, :-1] / residual[:, None], nan=1.0)
+    sds = np.sqrt(np.clip(ratio, SMALLEST**2, LARGEST**2))
+    return _place(layout, sds, out)
+
+
+def _place(layout: Layout, sds: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """SDs of the columns, chain first, into θ where they are parameters."""
+    starts = np.cumsum([0, *(s.n_theta for s in layout.structures)])
+    at = 0
+    for terms, _, _ in (*layout.chain, *layout.core):
+        for k in terms:
+            structure = layout.structures[k]
+            if isinstance(structure, Unstructured | Diagonal):
+                diagonal = starts[k] + np.flatnonzero(structure.start())
+                theta[:, diagonal] = sds[:, at : at + structure.S]
+            at += structure.S
+    return theta
 
 
 def _columns(layout: Layout, gram: Gram, rhs: Rhs) -> list[_Column]:
