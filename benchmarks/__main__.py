@@ -13,14 +13,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks import iterative, measure, page, threads
 from benchmarks.peers import LIBRARIES, Library
 from benchmarks.problems import FOLDER, GROWTH, PROBLEMS, Problem, every
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 #: further scripts of this folder, whose output is quoted as it is: heading, arguments
 SCRIPTS = {
     "large": ("Larger than memory", ("--rows", "20000000")),
@@ -106,8 +104,8 @@ def main() -> None:
     stochastic = _kept("iterative", lambda: _iterative(options.core), "iterative" in wanted)
     more = [threads.section(beside), iterative.section(stochastic)]
     more += [_kept(name, lambda n=name: _script(n), name in wanted) for name in SCRIPTS]
-    PAGE.write_text(page.page(cold, [section for section in more if section]))
-    print(f"wrote {PAGE}", file=sys.stderr)
+    page.PAGE.write_text(page.page(cold, [section for section in more if section]))
+    print(f"wrote {page.PAGE}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ THREADS = (
 )
 
 Result = dict[str, Any]
+
+
+def median_seconds(call: Callable[[], Any], runs: int) -> float:
+    """Median wall time of ``call`` over ``runs``, in this process."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def environment() -> dict[str, str]:

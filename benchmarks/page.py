@@ -14,6 +14,7 @@ from benchmarks.measure import LIMIT, Result, results
 from benchmarks.peers import LIBRARIES
 from benchmarks.problems import GROWTH, PROBLEMS, Problem
 
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 #: a criterion further than this above the best one found is a wrong optimum (relative)
 WRONG = 1e-6
 
@@ -93,7 +94,15 @@ def machine() -> list[str]:
         f"relative excess over the best above {WRONG:.0e} is a wrong optimum and counts as a loss. "
         "*Memory* is the peak of the process, in brackets what imports and data had taken before.",
         "",
+        *_pointers(),
     ]
+
+
+def _pointers() -> list[str]:
+    """Other pages of figures, where they have been made."""
+    pages = {"benchmarks-batch.md": "batches", "accuracy.md": "digits"}
+    there = [f"[{text}]({name})" for name, text in pages.items() if (PAGE.parent / name).exists()]
+    return [f"Elsewhere: {', '.join(there)}.", ""] if there else []
 
 
 def summary(problems: Sequence[Problem]) -> list[str]:

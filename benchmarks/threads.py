@@ -1,10 +1,9 @@
 """BLAS threads or one, alone and beside a busy process: ``python -m benchmarks.threads``.
 
 Each configuration is a process of its own: BLAS threads as OpenBLAS chooses them, or one, set by
-threadpoolctl as a caller would; alone, or beside a process that keeps one core busy. Two measures:
-lmmjax's fit of InstEval (which sets its own threads where it has an opinion), and the linear
-algebra that dominates such a fit, Cholesky factor and inverse of the 1,142-square dense core by
-LAPACK, which has none.
+threadpoolctl; alone, or beside a process that keeps one core busy. Two measures: lmmjax's fit of
+InstEval, whose own limit of one thread is taken out for the first configuration, and the linear
+algebra that dominates it, Cholesky factor and inverse of the 1,142-square dense core by LAPACK.
 """
 
 from __future__ import annotations
@@ -50,10 +49,24 @@ def _fit() -> Callable[[], Any]:
     return lambda: model.fit(method="ML").deviance
 
 
+class _NoLimit:
+    """In place of lmmjax's limit: leaves the threads as they are."""
+
+    def limit(self, **_: Any) -> _NoLimit:
+        return self
+
+    def restore_original_limits(self) -> None:
+        pass
+
+
 def child(case: str, single: bool, runs: int) -> float:
     """Median time of a warm call in this process."""
     from threadpoolctl import threadpool_limits
 
+    from lmmjax import threads
+
+    if not single:
+        threads._controller = _NoLimit  # type: ignore[assignment]
     work = {"core": _core, "fit": _fit}[case]()
     times = []
     with threadpool_limits(limits=1 if single else None):
