@@ -1,4 +1,4 @@
-"""Digits of float64 and float32: ``python -m benchmarks.accuracy`` for docs/accuracy.md.
+"""Digits of float64 and float32: ``python -m benchmarks.accuracy`` writes docs/accuracy.md.
 
 Digits are -log10 of the relative error, at most 16. The reference of a fit is the float64 fit of
 the data as they are; that of the NIST problems is the closed form of balanced one-way REML,
@@ -136,18 +136,18 @@ def nist(lead: float, n: int) -> tuple[dict[str, np.ndarray], tuple[float, float
 
 def main() -> None:
     """Write the page."""
-    python = platform.python_version()
-    versions = f"lmmjax {lmm.__version__}, jax {jax.__version__}, Python {python}"
     parts = [
         "# Accuracy",
         "",
-        f"Made by `python -m benchmarks.accuracy`, {versions}. Figures are correct decimal "
-        "digits, -log10 of the relative error of the worst entry; 16 is all that a float64 holds.",
+        "Made by `python -m benchmarks.accuracy` "
+        f"(lmmjax {lmm.__version__}, jax {jax.__version__}, Python {platform.python_version()}). "
+        "Figures are correct decimal digits, "
+        "-log10 of the relative error of the worst entry; 16 is all that a float64 holds.",
         "",
         '## `dtype="float32"`: what it keeps of the float64 fit',
         "",
-        "Columns are shifted and scaled, and products summed, in float64; float32 is the arithmetic"
-        " of the factorisation and of the optimiser. About half the digits go.",
+        "Columns are shifted and scaled, and products summed, in float64; float32 is the "
+        "arithmetic of the factorisation and of the optimiser. About half the digits go.",
         "",
         *float32_table(),
         "",

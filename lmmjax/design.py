@@ -8,7 +8,7 @@ data (levels, polynomials, centres) is kept in a `DesignSpec`, which codes new d
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -26,6 +26,8 @@ from lmmjax.evaluate import (
 from lmmjax.expr import Call, Name, Node, deparse, names_in
 from lmmjax.formula import Bar, ParsedFormula, Terms, expand, parse
 from lmmjax.rank import clearly_independent, independent_columns
+from lmmjax.residual.frame import Residuals, build
+from lmmjax.residual.language import ResidualSpec
 from lmmjax.table import Table
 from lmmjax.terms import CONTRASTS, Coding, centrable, encode
 from lmmjax.variables import (
@@ -137,6 +139,8 @@ class DesignSpec:
     offset : Node, ``"array"`` or None
         Where the argument ``offset=`` came from.
     safe : bool
+    alias : (p, P - p) float64 or None
+        The aliased columns as combinations of those kept; None if all are kept.
     """
 
     parsed: ParsedFormula
@@ -147,6 +151,7 @@ class DesignSpec:
     levels: dict[str, tuple[str, ...] | None]
     offset: Node | str | None
     safe: bool
+    alias: np.ndarray | None = None
 
     @property
     def term_variables(self) -> dict[str, tuple[str, ...]]:
@@ -157,6 +162,13 @@ class DesignSpec:
             label: tuple(terms.variables[v] for v in term)
             for label, term in zip(terms.labels, terms.terms, strict=True)
         }
+
+    def fixed_columns(self, newdata: Any) -> np.ndarray:
+        """All columns of the fixed part on new data, the aliased ones included: (m, P)."""
+        table = Table(newdata, "newdata")
+        columns = table.read(self.parsed.terms.nodes)
+        ev = Evaluator(columns, len(table), self.states, learn=False, safe=self.safe)
+        return _new_matrix(self.parsed.terms, self.codings, ev)
 
     def new(self, newdata: Any, *, random: bool = True, offset: Any = None) -> NewDesign:
         """Code new data with the levels, centres and polynomials of training.
@@ -256,6 +268,10 @@ class Design:
     missing : dict of str to int
         Variable -> rows in which it is missing.
     spec : DesignSpec
+    columns : dict of Series
+        Raw columns of the fixed part in the rows used, not copied: for reference grids.
+    residual : Residuals or None
+        Arrays of the residual structure; None where the residuals are independent.
     """
 
     formula: str
@@ -275,6 +291,8 @@ class Design:
     n_dropped: int
     missing: dict[str, int]
     spec: DesignSpec = field(repr=False)
+    columns: dict[str, pd.Series] = field(repr=False, default_factory=dict)
+    residual: Residuals | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -296,6 +314,7 @@ def build_design(
     contrasts: Mapping[str, str] | None = None,
     missing: str = "drop",
     safe: bool = False,
+    residual: ResidualSpec | None = None,
 ) -> Design:
     """Build the arrays of a linear mixed model from a formula and a table.
 
@@ -317,6 +336,8 @@ def build_design(
         What to do with rows that lack a value of any variable used.
     safe : bool
         Allow only arithmetic and the fixed list of R functions.
+    residual : ResidualSpec, optional
+        Structure of the residuals; rows that lack one of its variables are refused.
 
     Returns
     -------
@@ -349,9 +370,13 @@ def build_design(
     if missing not in ("drop", "raise"):
         raise DataError(f'found missing={missing!r}; expected "drop" or "raise".')
     parsed = parse(formula)
-    raw = evaluate(parsed, Table(data), weights, offset, safe)
+    raw = evaluate(parsed, Table(data), weights, offset, safe, residual)
     keep = complete_rows(raw, missing)
-    design = _assemble(parsed, raw.take(keep), {} if contrasts is None else contrasts, safe)
+    raw = raw.take(keep)
+    design = _assemble(parsed, raw, {} if contrasts is None else contrasts, safe)
+    if residual is not None and residual.structured:
+        found = build(residual, raw.residual, design.n, raw.n_dropped, raw.rows)
+        design = replace(design, residual=found)
     _check_terms(design)
     return design
 
@@ -384,6 +409,7 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         levels=_raw_levels(raw),
         offset=raw.offset_source,
         safe=safe,
+        alias=None if keep.all() else _aliases(full.X, keep),
     )
     intercept = parsed.terms.intercept
     return Design(
@@ -404,7 +430,17 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         n_dropped=raw.n_dropped,
         missing=raw.missing,
         spec=spec,
+        columns={name: raw.columns[name] for name in raw.raw_fixed},
     )
+
+
+def _aliases(X: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Coefficients of the dependent columns on the independent ones, (p, P - p)."""
+    size = np.sqrt(np.mean(X**2, axis=0))
+    size[size == 0] = 1.0
+    unit = X / size
+    found = np.linalg.lstsq(unit[:, keep], unit[:, ~keep], rcond=None)[0]
+    return found * size[~keep] / size[keep][:, None]
 
 
 def _term(

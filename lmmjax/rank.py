@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["ColumnJudge", "clearly_independent", "independent_columns", "proves_rank"]
+__all__ = ["ColumnJudge", "clearly_independent", "independent_columns", "proves_rank", "triangle"]
 
 TOLERANCE = 1e-7
 _CLEAR = 1e-8  # squared length below which cross-products can no longer tell
@@ -78,7 +78,7 @@ def independent_columns(X: np.ndarray, intercept: bool) -> np.ndarray:
     O(n p^2) for the triangular factor, taken in chunks of rows, then O(p^3).
     """
     if not intercept:
-        return _keep(_triangle(X, None), np.ones(X.shape[1], bool))
+        return _keep(triangle(X), np.ones(X.shape[1], bool))
     keep = np.ones(X.shape[1], bool)
     Y = X[:, 1:]
     shift = Y[0].copy()  # exact zeros for constant columns
@@ -86,7 +86,7 @@ def independent_columns(X: np.ndarray, intercept: bool) -> np.ndarray:
     for chunk in _chunks(Y):
         mean += (chunk - shift).sum(axis=0) / X.shape[0]
     varies = np.array([bool(np.any(Y[:, j] != shift[j])) for j in range(Y.shape[1])], bool)
-    keep[1:] = _keep(_triangle(Y, (shift, mean)), varies)
+    keep[1:] = _keep(triangle(Y, (shift, mean)), varies)
     return keep
 
 
@@ -127,8 +127,8 @@ class ColumnJudge:
         return kept
 
 
-def _triangle(X: np.ndarray, centre: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
-    """Return R of the QR decomposition of the (centred) columns."""
+def triangle(X: np.ndarray, centre: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+    """Return R of the QR decomposition of the (centred) columns, in chunks of rows."""
     R = np.zeros((0, X.shape[1]))
     for chunk in _chunks(X):
         moved = chunk if centre is None else (chunk - centre[0]) - centre[1]

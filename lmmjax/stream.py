@@ -26,7 +26,16 @@ from lmmjax.rank import ColumnJudge, proves_rank
 from lmmjax.scout import Learned, Scouted, scout
 from lmmjax.source import ROWS, Source, open_source
 from lmmjax.terms import Coding, centrable, encode, spanning_term
-from lmmjax.totals import Columns, Rough, Totals, empty_totals, exact, rough_units, sum_batch
+from lmmjax.totals import (
+    Columns,
+    Rough,
+    Totals,
+    aliases,
+    empty_totals,
+    exact,
+    rough_units,
+    sum_batch,
+)
 from lmmjax.variables import (
     columns_of,
     incomplete_rows,
@@ -71,7 +80,7 @@ class StreamedTerm:
 class StreamedDesign:
     """The labels of a streamed model; as `lmmjax.design.Design` without its rows.
 
-    Asking for ``y X offset weights rows`` raises a DataError that says so.
+    Asking for ``y X offset weights rows columns`` raises a DataError that says so.
     """
 
     formula: str
@@ -87,6 +96,7 @@ class StreamedDesign:
     n_dropped: int
     missing: dict[str, int]
     spec: ds.DesignSpec = field(repr=False)
+    residual: None = None
 
     @property
     def p(self) -> int:
@@ -94,7 +104,7 @@ class StreamedDesign:
         return len(self.x_names)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("y", "X", "offset", "weights", "rows"):
+        if name in ("y", "X", "offset", "weights", "rows", "columns"):
             raise _no_rows(name)
         raise AttributeError(name)
 
@@ -345,8 +355,9 @@ def build_streamed(
         if keep[encoder.rough.x.a != 0.0].all():
             break
         constant = False  # the columns that add up to 1 are not all kept: do without shifts
+    alias = None if keep.all() else aliases(sums.totals, encoder.rough, keep)
     standard = exact(sums.totals, encoder.plan, encoder.rough, keep, _parents(found, encoder))
-    design = _labels(encoder, keep, first, sums.counts)
+    design = _labels(encoder, keep, alias, first, sums.counts)
     for term, spec in zip(design.terms, encoder.random, strict=True):
         if len(term.levels) < 2:
             ds.refuse_one_level(term, spec)
@@ -490,7 +501,9 @@ def _parents(found: Scouted, encoder: Encoder) -> dict[tuple[str, str], Array]:
     return out
 
 
-def _labels(encoder: Encoder, keep: Array, first: Counts, counts: Counts) -> StreamedDesign:
+def _labels(
+    encoder: Encoder, keep: Array, alias: Array | None, first: Counts, counts: Counts
+) -> StreamedDesign:
     learned, parsed = encoder.learned, encoder.learned.parsed
     intercept = parsed.terms.intercept
     spec = ds.DesignSpec(
@@ -502,6 +515,7 @@ def _labels(encoder: Encoder, keep: Array, first: Counts, counts: Counts) -> Str
         levels=_raw_levels(learned),
         offset=learned.offset,
         safe=learned.safe,
+        alias=alias,
     )
     return StreamedDesign(
         formula=parsed.text,

@@ -22,7 +22,7 @@ from lmmjax.errors import DesignError
 from lmmjax.gram import Gram, Plan, Rhs, Standardised, Units, shift_matrix
 from lmmjax.rank import independent_columns
 
-__all__ = ["Columns", "Rough", "Totals", "exact", "rough_units", "sum_batch"]
+__all__ = ["Columns", "Rough", "Totals", "aliases", "exact", "rough_units", "sum_batch"]
 
 Array = np.ndarray
 
@@ -290,6 +290,16 @@ def exact(
     units = Units(A, beta0[kept], rough.scale * size, B, logdet, n, len(kept))
     final, sums = by_entry(Plan(replace(layout, p=len(kept)), plan.factors), sums)
     return final, units, sums, rhs
+
+
+def aliases(totals: Totals, rough: Rough, keep: Array) -> Array:
+    """Return the dropped columns as combinations of those kept, (p, P - p)."""
+    P = len(keep)
+    xx = totals.flat["core"][-P:, -P:]
+    among = np.linalg.solve(xx[np.ix_(keep, keep)], xx[np.ix_(keep, ~keep)])
+    size, mean = rough.x.size, rough.x.mean / rough.x.size
+    constant = mean[~keep] - mean[keep] @ among
+    return size[~keep] * (among / size[keep][:, None] + np.outer(rough.x.a[keep], constant))
 
 
 def _residual_products(f: dict[str, Array], d: int, g: Array) -> tuple[Array, float]:

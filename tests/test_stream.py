@@ -110,6 +110,8 @@ def same(streamed: tuple[Any, Any], model: lmm.Model, tolerance: float = 1e-10) 
     for name in names.split():
         assert getattr(design, name) == getattr(expected, name), name
     assert design.spec.levels == expected.spec.levels
+    if design.aliased:
+        close(design.spec.alias, expected.spec.alias, 1e-9)
     assert (design.x_assign == expected.x_assign).all()
     for mine, term in zip(design.terms, expected.terms, strict=True):
         assert (mine.group, mine.names, mine.cov) == (term.group, term.names, term.cov)
