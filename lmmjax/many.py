@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -335,10 +336,9 @@ class _Shared:
         default = "satterthwaite" if self.design.terms else "residual"
         df = default if df is None else check_df(df)
 
-        def single(i: int) -> Fit:
-            assert source.column is not None
-            return self._single(source.column(i), str(labels[i]), method, df)
-
+        single = None
+        if source.column is not None:
+            single = _Single(self.design, self.kept, self.labels, source.column, labels, method, df)
         return BatchFit(
             formula=f"~ {self.model.formula.split('~', 1)[1].strip()}",
             method=method,
@@ -349,20 +349,37 @@ class _Shared:
             arrays=concatenate(parts),
             seconds=seconds,
             notes=tuple(notes),
-            _single=None if source.column is None else single,
+            _single=single,
         )
 
-    def _single(self, y: np.ndarray, name: str, method: str, df: str) -> Fit:
-        """The ordinary fit of one response on the rows it has."""
-        with_y = dataclasses.replace(
-            self.design, y=y[self.kept], response=name, rows=self.labels[self.kept]
-        )
-        here = ~np.isnan(with_y.y)
-        model = Model.__new__(Model)
-        model.formula = f"{name} ~ {self.model.formula.split('~', 1)[1].strip()}"
-        model.residual, model.dtype = self.model.residual, self.model.dtype
-        model.design = with_y if here.all() else _rows(with_y, here, drop_levels=True)
-        return model.fit(method, df=df)
+
+@dataclass(frozen=True, eq=False)
+class _Single:
+    """The ordinary fit of one response on the rows that it has."""
+
+    design: Any
+    kept: np.ndarray
+    labels: Any  # of the rows of the caller's table
+    column: Callable[[int], np.ndarray]
+    names: list[Any]
+    method: str
+    df: str
+
+    def __call__(self, i: int) -> Fit:
+        y, name = self.column(i)[self.kept], str(self.names[i])
+        design = dataclasses.replace(self.design, y=y, response=name, rows=self.labels[self.kept])
+        here = ~np.isnan(y)
+        design = design if here.all() else _rows(design, here, drop_levels=True)
+        right = self.design.formula.split("~", 1)[1].strip()
+        return _model(f"{name} ~ {right}", design).fit(self.method, df=self.df)
+
+
+def _model(formula: str, design: Any) -> Model:
+    """A model from a design that is there already."""
+    model = Model.__new__(Model)
+    model.formula, model.residual, model.dtype = formula, None, "float64"
+    model.design = design
+    return model
 
 
 def _frame(table: Table, nodes: list[Any]) -> Any:
