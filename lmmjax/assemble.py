@@ -221,8 +221,7 @@ def padded(the_plan: Plan, sizes: tuple[int, ...]) -> Layout:
     layout, c = the_plan.layout, the_plan.n_chain
     factors = (*layout.chain, *layout.core)
     resized = tuple((t, S, J) for (t, S, _), J in zip(factors, sizes, strict=True))
-    dense: Any = {"sparse": False} if getattr(layout, "sparse", False) else {}
-    return dataclasses.replace(layout, chain=resized[:c], core=resized[c:], **dense)
+    return dataclasses.replace(layout, chain=resized[:c], core=resized[c:], sparse=False)
 
 
 def products(

@@ -127,10 +127,10 @@ def standard(model: Any) -> tuple[Plan, Units, Gram, Rhs]:
     layout's full shape.
     """
     the_plan, units, the_gram, rhs = model._standard
-    if not getattr(the_plan.layout, "sparse", False):
+    if not the_plan.layout.sparse:
         return the_plan, units, the_gram, rhs
-    dense: Any = {"sparse": False}
-    the_plan = dataclasses.replace(the_plan, layout=dataclasses.replace(the_plan.layout, **dense))
+    layout = dataclasses.replace(the_plan.layout, sparse=False)
+    the_plan = dataclasses.replace(the_plan, layout=layout)
     standardised = gr.standardise(model.design)
     return the_plan, units, *gr.crossproducts(model.design, the_plan, standardised)
 

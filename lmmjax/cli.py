@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 def _fit_parser(commands: Any) -> None:
     parser = _command(commands, "fit", "fit one model", _fit)
     parser.add_argument("--method", type=str.lower, choices=list(FREQUENTIST), default="reml")
-    parser.add_argument("--df", help="satterthwaite, residual or wald")
+    parser.add_argument("--df", help="satterthwaite, kenward-roger, residual, containment or wald")
 
 
 def _compare_parser(commands: Any) -> None:

@@ -34,7 +34,6 @@ they cancel (Gilmour, Thompson and Cullis 1995); with w_k = E_k T v and Ã_P = �
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -103,14 +102,12 @@ def for_optimiser(
 # -------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _profiled(
+def _value(
     layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any
 ) -> jax.Array:
     return lk.deviance(lk.reduce(layout, theta, gram, rhs, units), method)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _gradient(
     layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any
 ) -> jax.Array:
@@ -123,18 +120,19 @@ def _hessian(
     return closed_form(layout, method, theta, gram, rhs, units)[2]
 
 
-def _rule(
-    function: Callable[..., jax.Array], slope: Callable[..., jax.Array]
-) -> Callable[..., Any]:
-    """The derivative rule of ``function``: ``slope`` in θ, automatic in the data and units."""
+def _with_rule(
+    plain: Callable[..., jax.Array], slope: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """``plain`` with the derivative ``slope`` in θ; automatic in the data and units."""
+    rule = jax.custom_jvp(plain, nondiff_argnums=(0, 1))
 
     def jvp(layout: Layout, method: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
         theta, *data = primals
         theta_dot, *data_dot = tangents
-        value = function(layout, method, theta, *data)
-        leaves, tree = jax.tree.flatten(data)
-        dots = tree.flatten_up_to(data_dot)
         zero = jax.custom_derivatives.SymbolicZero
+        value = rule(layout, method, theta, *data)
+        leaves, tree = jax.tree.flatten(data)
+        dots = jax.tree.leaves(data_dot, is_leaf=lambda a: isinstance(a, zero))
         moving = [
             i
             for i, (leaf, dot) in enumerate(zip(leaves, dots, strict=True))
@@ -149,17 +147,17 @@ def _rule(
                 filled = list(leaves)
                 for i, leaf in zip(moving, chosen, strict=True):
                     filled[i] = leaf
-                return function.__wrapped__(layout, method, theta, *tree.unflatten(filled))
+                return plain(layout, method, theta, *jax.tree.unflatten(tree, filled))
 
             chosen, pushed = [leaves[i] for i in moving], [dots[i] for i in moving]
             out = out + jax.jvp(of_data, (chosen,), (pushed,))[1]
         return value, out
 
-    return jvp
+    rule.defjvp(jvp, symbolic_zeros=True)
+    return rule
 
 
-_profiled.defjvp(_rule(_profiled, _gradient), symbolic_zeros=True)
-_gradient.defjvp(_rule(_gradient, _hessian), symbolic_zeros=True)
+_with_gradient = _with_rule(_value, _with_rule(_gradient, _hessian))
 
 
 def profiled(
@@ -173,7 +171,7 @@ def profiled(
         As for :func:`lmmjax.likelihood.reduce`.
     """
     if has_closed_form(layout):
-        return _profiled(layout, method, theta, gram, rhs, tuple(units))
+        return _with_gradient(layout, method, theta, gram, rhs, tuple(units))
     return lk.deviance(lk.reduce(layout, theta, gram, rhs, units), method)
 
 

@@ -35,3 +35,7 @@ class ConvergenceWarning(UserWarning):
 
 class SingularFitWarning(UserWarning):
     """A variance component or a correlation is on the boundary of its range."""
+
+
+class EstimabilityWarning(UserWarning):
+    """The data do not determine what was asked for: empty cells, aliased columns."""

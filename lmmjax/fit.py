@@ -19,17 +19,18 @@ from lmmjax.buckets import with_dummies
 from lmmjax.derivatives import is_approximate
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
 from lmmjax.gram import Rhs
+from lmmjax.inference.hypothesis import check_df, check_information
+from lmmjax.inference.methods import InferenceMethods
 from lmmjax.optimize import CONVERGED, FLAT_STOP, STATUS, newton_decrement
 from lmmjax.precision import in_float64
 from lmmjax.simulate import simulate
+from lmmjax.threads import SMALL, one_blas_thread
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.bootstrap import Bootstrap
     from lmmjax.model import Model
-
-DF_METHODS = ("satterthwaite", "residual", "wald")
 
 #: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
 SINGULAR_TOLERANCE = 1e-4
@@ -43,7 +44,7 @@ class MarginalCov(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class Fit(InferenceMethods):
     """A fitted model (frequentist). Immutable; made by :meth:`lmmjax.Model.fit`.
 
     Attributes
@@ -85,6 +86,7 @@ class Fit:
     _curvature_s: np.ndarray = field(repr=False)
     _beta: np.ndarray = field(repr=False)
     _unscaled_vcov: np.ndarray = field(repr=False)
+    information: str = "expected"  # of Kenward-Roger, by default
 
     # -- numbers ------------------------------------------------------------------------------
 
@@ -126,65 +128,10 @@ class Fit:
         """-2 log-likelihood + log(n) n_params, n = rows (as lme4, for ML and REML)."""
         return self.deviance + math.log(self.n_obs) * self.n_params
 
-    def vcov(self, kind: str = "model") -> pd.DataFrame:
-        """Covariance of the fixed effects, (p, p).
-
-        Parameters
-        ----------
-        kind : {"model"}
-            σ²(X'V⁻¹X)⁻¹ at the estimates.
-        """
-        import pandas as pd
-
-        if kind != "model":
-            raise LmmError(f"vcov(kind={kind!r}) is unknown; expected 'model'.")
-        names = list(self.model.design.x_names)
-        return pd.DataFrame(self.sigma**2 * self._unscaled_vcov, index=names, columns=names)
-
     @property
     def std_errors(self) -> np.ndarray:
         """Standard errors of the fixed effects, (p,)."""
         return self.sigma * np.sqrt(np.diag(self._unscaled_vcov))
-
-    # -- tests of coefficients ------------------------------------------------------------------
-
-    def coef_table(self, df: str | None = None, level: float = 0.95) -> pd.DataFrame:
-        """Estimates, standard errors, degrees of freedom, tests and intervals per coefficient.
-
-        Parameters
-        ----------
-        df : {"satterthwaite", "residual", "wald"}, optional
-            "wald" is the normal limit (infinite df). Default: the fit's.
-        level : float
-            Of the confidence intervals.
-
-        Returns
-        -------
-        DataFrame
-            Columns ``estimate std_error df statistic p_value ci_low ci_high``.
-        """
-        method = check_df(df) if df is not None else self.df
-        return tables.t_table(
-            self._beta,
-            self.std_errors,
-            self._degrees(method),
-            list(self.model.design.x_names),
-            level,
-        )
-
-    def _degrees(self, method: str) -> np.ndarray:
-        p = len(self._beta)
-        if method == "satterthwaite":
-            return self._satterthwaite(np.eye(p))
-        return np.full(p, np.inf if method == "wald" else float(self.n_obs - p))
-
-    def _satterthwaite(self, L: np.ndarray) -> np.ndarray:
-        """Satterthwaite df of each row of L β; see :func:`lmmjax.satterthwaite.degrees`."""
-        from lmmjax.satterthwaite import degrees
-
-        V, dV = self._vcov_derivative
-        nu = self.n_obs - (len(self._beta) if self.method == "REML" else 0)
-        return degrees(L, V, dV, self._hessian_s, float(nu))
 
     @cached_property
     @in_float64
@@ -194,20 +141,8 @@ class Fit:
         if not is_approximate(layout):
             return self._curvature_s
         the_gram, rhs = self.model._on_device
-        return np.asarray(estimate.hessian(layout, self.method, self._theta_s, the_gram, rhs))
-
-    @cached_property
-    @in_float64
-    def _vcov_derivative(self) -> tuple[np.ndarray, np.ndarray]:
-        the_gram, rhs = self.model._on_device
-        V, dV = estimate.vcov_and_derivative(
-            self.model._plan.layout, self.method, jnp.asarray(self._theta_s), the_gram, rhs
-        )
-        units = self.model._units
-        back = units.scale * units.A
-        return back @ np.asarray(V) @ back.T, np.einsum(
-            "ia,abk,jb->ijk", back, np.asarray(dV), back
-        )
+        with one_blas_thread():
+            return np.asarray(estimate.hessian(layout, self.method, self._theta_s, the_gram, rhs))
 
     # -- variance components ----------------------------------------------------------------------
 
@@ -302,7 +237,7 @@ class Fit:
         out = []
         for term in self.model.design.terms:
             first = at.get(term.group, 0)
-            S = term.z.shape[1]
+            S = len(term.names)
             out.append(self._effects[term.group][0][:, first : first + S])
             at[term.group] = first + S
         return out
@@ -368,7 +303,7 @@ class Fit:
     @in_float64
     def _prediction_variance(self, rows: Rhs) -> np.ndarray:
         """Var / σ² of prediction errors for rows in standardised units (leading axis)."""
-        the_gram = self.model._standard[2]
+        the_gram = self.model._on_device[0]
         layout = self.model._plan.layout
         theta = jnp.asarray(self._theta_s)
         return np.asarray(estimate.unscaled_prediction_variance(layout, theta, the_gram, rows))
@@ -453,13 +388,6 @@ class Fit:
 # -------------------------------------------------------------------------------------------------
 
 
-def check_df(df: str) -> str:
-    """Refuse an unknown method of degrees of freedom."""
-    if df not in DF_METHODS:
-        raise LmmError(f"df={df!r} is unknown; expected one of {', '.join(map(repr, DF_METHODS))}.")
-    return df
-
-
 def _optimizer_key(optimizer: Any) -> tuple[Any, str]:
     """What the compiled program takes, and a name for the result."""
     if isinstance(optimizer, str):
@@ -507,21 +435,34 @@ def _diagonal(model: Model) -> np.ndarray:
 
 
 @in_float64
-def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, start: Any) -> Fit:
+def fit_model(
+    model: Model,
+    method: str,
+    *,
+    df: str | None,
+    optimizer: Any,
+    start: Any,
+    information: str = "expected",
+) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
     from lmmjax.design import check_identifiable
 
     check_identifiable(model.design)
-    df = check_df(df) if df is not None else ("satterthwaite" if model.is_mixed else "residual")
+    df = (
+        check_df(df, method)
+        if df is not None
+        else ("satterthwaite" if model.is_mixed else "residual")
+    )
     key, name = _optimizer_key(optimizer)
     layout, the_gram, rhs = model._padded
     units, p = model._units, model.design.p
     the_gram = with_dummies(the_gram, layout.p - p, method)
     theta0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
-    best, est = jax.device_get(
-        estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
-    )
+    with one_blas_thread(layout.d + layout.p >= SMALL):
+        best, est = jax.device_get(
+            estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
+        )
     seconds = time.perf_counter() - began
     theta_s, hessian = np.asarray(best.theta, float), np.asarray(best.hessian, float)
     boundary = _boundary(model, theta_s)
@@ -544,6 +485,7 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
         _curvature_s=hessian,
         _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float)[:p],
         _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float)[:p, :p] @ units.A.T,
+        information=check_information(information),
     )
     if not converged:
         warnings.warn(fit.message, ConvergenceWarning, stacklevel=4)

@@ -17,6 +17,7 @@ small blocks is arithmetic on long contiguous vectors.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +25,6 @@ import numpy as np
 
 from lmmjax import cross
 from lmmjax.covariance import Covariance, covariance
-from lmmjax.cross import Cross
 from lmmjax.errors import DesignError
 
 # -------------------------------------------------------------------------------------------------
@@ -98,7 +98,19 @@ def _standardise_x(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         np.subtract(column, mean[j], out=Xs[:, j])
         size[j] = _rms(Xs[:, j])
         Xs[:, j] /= size[j]
-    return Xs, (np.eye(len(a)) - np.outer(a, mean)) / size, a
+    return Xs, shift_matrix(a, mean, size), a
+
+
+def shift_matrix(a: np.ndarray, mean: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return the A of X A = (X - 1 mean') / size where X a = 1; means are 0 where a is not."""
+    return (np.eye(len(a)) - np.outer(a, mean)) / size
+
+
+EXACT_FIT = (
+    "the fixed effects reproduce the response exactly, so no variance is left to estimate; "
+    "expected a response with variation beyond the fixed part. Remove the predictor that "
+    "is a copy of the response, or a fixed effect per row."
+)
 
 
 def _standardise_y(
@@ -115,11 +127,7 @@ def _standardise_y(
     centred -= Xs @ coefficients
     size = _rms(centred)
     if not size > 1e-14 * max(most, np.finfo(float).tiny) or np.all(centred == 0.0):
-        raise DesignError(
-            "the fixed effects reproduce the response exactly, so no variance is left to estimate; "
-            "expected a response with variation beyond the fixed part. Remove the predictor that "
-            "is a copy of the response, or a fixed effect per row."
-        )
+        raise DesignError(EXACT_FIT)
     centred /= size
     return centred, a * shift + A @ coefficients, size
 
@@ -274,30 +282,47 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
     products of a chain of one factor with the core are kept sparse where that is cheaper by count
     (``layout.sparse``).
     """
+    codes = {t.group: t.codes for t in design.terms}
+    sizes = {t.group: len(t.levels) for t in design.terms}
+
+    def nested(child: str, parent: str) -> bool:
+        return _parents(codes[child], sizes[child], codes[parent]) is not None
+
+    def sparse(chain: list[Factor], core: list[Factor]) -> bool:
+        return _prefers_lists(chain, core, codes)
+
+    return arrange(design.terms, design.p, nested, sparse, dense)
+
+
+def arrange(
+    terms: Any,
+    p: int,
+    nested: Callable[[str, str], bool],
+    sparse: Callable[[list[Factor], list[Factor]], bool],
+    dense: int = DENSE,
+) -> Plan:
+    """Plan from the labels of the terms, a test of nesting (child, parent) and one of sparsity."""
     groups: dict[str, list[int]] = {}
-    for k, term in enumerate(design.terms):
+    for k, term in enumerate(terms):
         groups.setdefault(term.group, []).append(k)
     factors = []
     for group, members in groups.items():
-        S = sum(design.terms[k].z.shape[1] for k in members)
-        factors.append(Factor(group, tuple(members), S, len(design.terms[members[0]].levels)))
+        S = sum(len(terms[k].names) for k in members)
+        factors.append(Factor(group, tuple(members), S, len(terms[members[0]].levels)))
     factors.sort(key=lambda f: -f.S * f.J)
-    codes = {f.group: design.terms[f.terms[0]].codes for f in factors}
     chain: list[Factor] = []
     core: list[Factor] = []
     for f in factors:
         small = bool(chain) and f.S * f.J <= dense
-        nested = not small and all(
-            _parents(codes[c.group], c.J, codes[f.group]) is not None for c in chain
-        )
-        (chain if nested else core).append(f)
-    structures = tuple(covariance(t.cov, t.z.shape[1]) for t in design.terms)
+        joins = not small and all(nested(c.group, f.group) for c in chain)
+        (chain if joins else core).append(f)
+    structures = tuple(covariance(t.cov, len(t.names)) for t in terms)
     layout = Layout(
         structures,
         tuple((f.terms, f.S, f.J) for f in chain),
         tuple((f.terms, f.S, f.J) for f in core),
-        design.p,
-        _prefers_lists(chain, core, codes),
+        p,
+        sparse(chain, core),
     )
     return Plan(layout, (*chain, *core))
 
@@ -332,7 +357,7 @@ class Gram(NamedTuple):
     core: Any  # (d + p, d + p)
     n: Any  # rows, ()
     logdet_R: Any  # log det of the residual correlation / precision weights, ()
-    cross: Cross | None = None
+    cross: Any = None  # Cross, in a sparse layout
     times: tuple[Any, ...] = ()  # chain i: how many equal levels each stands for, (J_i,); () = 1
 
 

@@ -111,6 +111,75 @@ class Model:
             safe=safe,
         )
 
+    @classmethod
+    def from_table(
+        cls,
+        formula: str,
+        source: Any,
+        *,
+        residual: str | None = None,
+        weights: str | None = None,
+        offset: str | None = None,
+        contrasts: dict[str, str] | None = None,
+        missing: str = "drop",
+        safe: bool = False,
+        dtype: str = "float64",
+    ) -> Model:
+        """Build the model of a table larger than memory: two passes, bounded memory.
+
+        Parameters
+        ----------
+        formula, residual, contrasts, missing, safe, dtype
+            As for `Model`.
+        source : object
+            Path, pattern or list of paths of Parquet files; DuckDB relation; pyarrow dataset;
+            polars lazy frame; Spark frame; or anything with an Arrow C stream that can be read
+            twice.
+        weights, offset : str, optional
+            A column or an expression of columns.
+
+        Returns
+        -------
+        Model
+            The same as in memory, without the rows: ``fitted``, ``residuals`` and ``simulate``
+            raise, `Fit.predict` needs ``newdata``.
+
+        Raises
+        ------
+        FormulaError, DataError, DesignError
+
+        Notes
+        -----
+        Each step of transforms upon transforms (``poly(scale(x), 2)``) costs one more pass, and so
+        do nearly dependent columns of X. Transforms that learn (``scale``, ``poly``, ``bs`` ...)
+        spool their argument to a temporary file, 8 bytes a row.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm, pyarrow as pa
+        >>> table = pa.Table.from_pandas(lmm.load_dataset("Dyestuff"))
+        >>> lmm.Model.from_table("Yield ~ 1 + (1 | Batch)", table).groups
+        {'Batch': 6}
+        """
+        from lmmjax.stream import build_streamed
+
+        if dtype not in ("float64", "float32"):
+            raise DataError(f"dtype={dtype!r} is unknown; expected 'float64' or 'float32'.")
+        model = cls.__new__(cls)
+        model.formula, model.residual, model.dtype = formula, residual, dtype
+        design, standard = build_streamed(
+            formula,
+            source,
+            weights=_known_variances(residual, weights),
+            offset=offset,
+            contrasts=contrasts,
+            missing=missing,
+            safe=safe,
+        )
+        model.design = design  # type: ignore[assignment]
+        model.__dict__["_standard"] = standard
+        return model
+
     # -- what it is ---------------------------------------------------------------------------
 
     @property
@@ -276,19 +345,23 @@ class Model:
         df: str | None = None,
         optimizer: Any = "newton",
         start: Any = None,
+        information: str = "expected",
     ) -> Fit:
         """Estimate by restricted or plain maximum likelihood.
 
         Parameters
         ----------
         method : {"REML", "ML"}
-        df : {"satterthwaite", "residual", "wald"}, optional
+        df : {"satterthwaite", "kenward-roger", "residual", "containment", "wald"}, optional
             Default degrees of freedom of the result's tests; Satterthwaite for mixed models,
             residual for linear ones.
         optimizer : {"newton", "lbfgs", "adam"} or optax transformation
             Trust-region Newton on exact derivatives by default; all minimise the same objective.
         start : array, shape (n_theta,), optional
             θ to start from, in the units of the data; no parameter may be 0.
+
+        information : {"expected", "observed"}
+            Which information matrix Kenward-Roger takes by default: as pbkrtest, or as SAS.
 
         Returns
         -------
@@ -300,7 +373,14 @@ class Model:
         """
         from lmmjax.fit import fit_model
 
-        return fit_model(self, check_method(method), df=df, optimizer=optimizer, start=start)
+        return fit_model(
+            self,
+            check_method(method),
+            df=df,
+            optimizer=optimizer,
+            start=start,
+            information=information,
+        )
 
     def sample(self, method: str = "nuts", **options: Any) -> Posterior:
         """Draw from the posterior; see :func:`lmmjax.bayes.sample.sample_model`."""

@@ -140,9 +140,9 @@ def test_units_of_a_covariate_do_not_matter(
 
 
 @pytest.mark.parametrize("leading", [1.0, 1e6, 1e12])
-@pytest.mark.parametrize("replicates", [21, 201])
+@pytest.mark.parametrize("replicates", [21, 201, 2001])
 def test_nist_anova(leading: float, replicates: int) -> None:
-    """NIST StRD SmLs01 to SmLs08: nine levels, values that differ in the last digits only.
+    """NIST StRD SmLs01 to SmLs09: nine levels, values that differ in the last digits only.
 
     Generated from the published definition (Simon and Lesage 1989). Balanced one-way REML has a
     closed form, evaluated here in exact arithmetic on the numbers as stored.
