@@ -18,7 +18,15 @@ import numpy as np
 
 from lmmjax import assemble, batch
 from lmmjax.assemble import ItemUnits, Stack
-from lmmjax.batchfit import Arrays, BatchFit, TermLabels, concatenate, missing_items, take
+from lmmjax.batchfit import (
+    Arrays,
+    BatchFit,
+    TermLabels,
+    check_df,
+    concatenate,
+    missing_items,
+    take,
+)
 from lmmjax.design import Design, build_design
 from lmmjax.errors import DataError
 from lmmjax.many import _bar, _model, _rows
@@ -99,10 +107,9 @@ def fit_groups(
     >>> batch.coef_table()[["item", "estimate"]].round(2).values.tolist()
     [['A', 52.36], ['B', 60.32], ['C', 66.27]]
     """
-    from lmmjax.fit import check_df
-
     began = time.perf_counter()
     method = check_method(method)
+    df = None if df is None else check_df(df)
     frame, keys = _frame_and_keys(data, by)
     design = build_design(
         formula,
@@ -116,7 +123,7 @@ def fit_groups(
     stack, order = _stack(design, item, len(labels))
     worker = _Worker(stack, method, mesh, chunk)
     arrays, notes = worker.run(progress)
-    df = check_df(df) if df is not None else ("satterthwaite" if design.terms else "residual")
+    df = df or ("satterthwaite" if design.terms else "residual")
 
     single = _Single(design, order, stack.item, worker.columns, formula, method, df)
     return BatchFit(

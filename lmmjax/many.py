@@ -19,7 +19,15 @@ import jax
 import numpy as np
 
 from lmmjax import batch, collapse, gram, start
-from lmmjax.batchfit import Arrays, BatchFit, TermLabels, concatenate, missing_items, take
+from lmmjax.batchfit import (
+    Arrays,
+    BatchFit,
+    TermLabels,
+    check_df,
+    concatenate,
+    missing_items,
+    take,
+)
 from lmmjax.errors import DataError
 from lmmjax.expr import parse_expr
 from lmmjax.gram import Layout, Units
@@ -112,6 +120,7 @@ def fit_many(
     """
     began = time.perf_counter()
     method = check_method(method)
+    df = None if df is None else check_df(df)  # before any work is done
     if missing not in ("drop", "raise"):
         raise DataError(f"missing={missing!r} is unknown; expected 'drop' or 'raise'.")
     shared = _Shared.build(formula, data, weights, offset, contrasts, missing)
@@ -331,10 +340,8 @@ class _Shared:
     ) -> BatchFit:
         import pandas as pd
 
-        from lmmjax.fit import check_df
-
         default = "satterthwaite" if self.design.terms else "residual"
-        df = default if df is None else check_df(df)
+        df = default if df is None else df
 
         single = None
         if source.column is not None:

@@ -160,6 +160,8 @@ def test_chunks_and_an_interrupt(many: lmm.BatchFit, sleep: pd.DataFrame) -> Non
         part = lmm.fit_many("~ Days + (1 | Subject)", sleep, stopped())
     np.testing.assert_array_equal(part.loglik, many.loglik)
     assert "interrupted" in repr(part)
+    with pytest.raises(lmm.LmmError, match="unknown to a batch"):
+        lmm.fit_many("~ Days + (1 | Subject)", sleep, Y, df="kenward-roger")
     with pytest.raises(lmm.DataError, match="one row of responses"):
         lmm.fit_many("~ Days + (1 | Subject)", sleep, Y[1:])
 
