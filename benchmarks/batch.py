@@ -86,7 +86,8 @@ def responses(slopes: bool, peer: str | None, runs: int) -> str:
                 command = [peer, "-c", PEER, str(file), right, "200"]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 theirs.append(json.loads(done.stdout))
-    name = f"2,000 responses, n = 5,000, {right}"
+    shown = right.replace("|", "\\|")
+    name = f"2,000 responses, n = 5,000, {shown}"
     row = f"| {name} | {np.median(walls):.3f} s wall, {np.median(cpus):.3f} s CPU |"
     if not theirs:
         return row + " |"
@@ -161,7 +162,8 @@ def simulation(runs: int) -> str:
         fit = lmm.Model(f"Reaction ~ Days + {right}", lmm.load_dataset("sleepstudy")).fit()
         fit.bootstrap(1000)
         seconds = median_seconds(lambda: fit.bootstrap(1000), runs)  # noqa: B023
-        rows.append(f"| bootstrap(1000) of sleepstudy, {right} | {seconds:.4f} s | |")
+        shown = right.replace("|", "\\|")
+        rows.append(f"| bootstrap(1000) of sleepstudy, {shown} | {seconds:.4f} s | |")
     return "\n".join(rows)
 
 

@@ -205,14 +205,18 @@ def levels_of(stack: Stack, term: Any) -> _Levels:
 def plan(stack: Stack) -> tuple[Plan, list[_Levels]]:
     """Order of elimination that serves all items, and the levels of each factor in that order."""
     every = [levels_of(stack, t) for t in stack.terms]
-    terms = tuple(
-        SimpleNamespace(
-            group=t.group, z=t.z, cov=t.cov, codes=v.row.astype(np.int32), levels=v.item
-        )
+    levels = {t.group: v for t, v in zip(stack.terms, every, strict=True)}
+    terms = [
+        SimpleNamespace(group=t.group, names=t.names, cov=t.cov, levels=v.item)
         for t, v in zip(stack.terms, every, strict=True)
-    )
-    design = SimpleNamespace(terms=terms, p=stack.X.shape[1])
-    made = gr.plan(design, dense=gr.DENSE * stack.m)
+    ]
+
+    def nested(child: str, parent: str) -> bool:
+        inner, outer = levels[child], levels[parent]
+        return gr._parents(inner.row, len(inner.item), outer.row) is not None
+
+    p = stack.X.shape[1]
+    made = gr.arrange(terms, p, nested, lambda *_: False, dense=gr.DENSE * stack.m)
     return made, [every[f.terms[0]] for f in made.factors]
 
 

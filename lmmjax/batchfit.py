@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 DF_METHODS = ("satterthwaite", "residual", "wald")
 
 
+def check_df(df: str) -> str:
+    """Refuse methods of degrees of freedom that a batch does not have."""
+    if df not in DF_METHODS:
+        raise LmmError(
+            f"df={df!r} is unknown to a batch; expected one of {', '.join(map(repr, DF_METHODS))}. "
+            "The single fit of an item, batch[i], may have it."
+        )
+    return df
+
+
 class TermLabels(NamedTuple):
     """Labels of one random-effects term."""
 
@@ -296,8 +306,7 @@ class BatchFit:
         self, L: np.ndarray, rhs: np.ndarray, df: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Estimates, standard errors and df of L β, (m, r) each."""
-        if df not in DF_METHODS:
-            raise LmmError(f"df={df!r} is unknown; expected one of {', '.join(DF_METHODS)}.")
+        check_df(df)
         a = self.arrays
         lacking = np.isnan(self._masked(a.beta))  # (m, p)
         touched = (lacking @ (L != 0).T) > 0

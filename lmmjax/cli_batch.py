@@ -62,19 +62,31 @@ def _fit(options: argparse.Namespace) -> BatchFit:
     from lmmjax.cli import _with_factors, read_table
     from lmmjax.groups import fit_groups
     from lmmjax.many import fit_many
-    from lmmjax.model import _known_variances
 
     data = _with_factors(read_table(options.data), options.factors)
     shared = {
         "method": options.method,
         "df": options.df,
-        "weights": _known_variances(options.residual, options.weights),
+        "weights": _weights(options),
         "offset": options.offset,
         "progress": sys.stderr.isatty(),
     }
     if options.by:
         return fit_groups(options.formula, data, by=options.by, **shared)
     return fit_many(options.formula, data, options.responses, **shared)
+
+
+def _weights(options: argparse.Namespace) -> Any:
+    """Weights, or the known variances of ``--residual varfixed(v)``; a batch has no others."""
+    from lmmjax.model import _known_variances, parse_residual
+
+    spec = None if options.residual is None else parse_residual(options.residual)
+    if spec is not None and spec.structured:
+        raise DataError(
+            f"--residual {options.residual!r} has parameters; a batch expects independent errors "
+            'or "varfixed(v)". Fit the items one by one with lmmjax fit.'
+        )
+    return _known_variances(spec, options.weights)
 
 
 def _out(path: str) -> Path:

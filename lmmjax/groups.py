@@ -18,11 +18,19 @@ import numpy as np
 
 from lmmjax import assemble, batch
 from lmmjax.assemble import ItemUnits, Stack
-from lmmjax.batchfit import Arrays, BatchFit, TermLabels, concatenate, missing_items, take
+from lmmjax.batchfit import (
+    Arrays,
+    BatchFit,
+    TermLabels,
+    check_df,
+    concatenate,
+    missing_items,
+    take,
+)
 from lmmjax.design import Design, build_design
 from lmmjax.errors import DataError
-from lmmjax.many import _bar, _rows
-from lmmjax.model import Model, check_method
+from lmmjax.many import _bar, _model, _rows
+from lmmjax.model import check_method
 from lmmjax.precision import in_float64
 from lmmjax.rank import independent_columns
 
@@ -99,10 +107,9 @@ def fit_groups(
     >>> batch.coef_table()[["item", "estimate"]].round(2).values.tolist()
     [['A', 52.36], ['B', 60.32], ['C', 66.27]]
     """
-    from lmmjax.fit import check_df
-
     began = time.perf_counter()
     method = check_method(method)
+    df = None if df is None else check_df(df)
     frame, keys = _frame_and_keys(data, by)
     design = build_design(
         formula,
@@ -116,13 +123,9 @@ def fit_groups(
     stack, order = _stack(design, item, len(labels))
     worker = _Worker(stack, method, mesh, chunk)
     arrays, notes = worker.run(progress)
-    df = check_df(df) if df is not None else ("satterthwaite" if design.terms else "residual")
+    df = df or ("satterthwaite" if design.terms else "residual")
 
-    def single(i: int) -> Fit:
-        here = np.zeros(design.n, bool)
-        here[order[stack.item == i]] = True
-        return _single(design, here, worker.columns[i], formula, method, df)
-
+    single = _Single(design, order, stack.item, worker.columns, formula, method, df)
     return BatchFit(
         formula=formula,
         method=method,
@@ -190,23 +193,33 @@ def _stack(design: Design, item: np.ndarray, m: int) -> tuple[Stack, np.ndarray]
     return Stack(item[order], design.X[order], y, w, terms, m), order
 
 
-def _single(
-    design: Design, here: np.ndarray, columns: np.ndarray, formula: str, method: str, df: str
-) -> Fit:
+@dataclass(frozen=True, eq=False)
+class _Single:
     """The ordinary fit of one data set, on the columns that the batch used."""
-    piece = _rows(design, here, drop_levels=True)
-    if not columns.all():
-        piece = dataclasses.replace(
-            piece,
-            X=np.asfortranarray(piece.X[:, columns]),
-            x_names=tuple(np.array(piece.x_names)[columns]),
-            x_assign=piece.x_assign[columns],
-            aliased=(*piece.aliased, *np.array(piece.x_names)[~columns]),
-        )
-    model = Model.__new__(Model)
-    model.formula, model.residual, model.dtype = formula, None, "float64"
-    model.design = piece
-    return model.fit(method, df=df)
+
+    design: Design
+    order: np.ndarray
+    item: np.ndarray
+    columns: np.ndarray
+    formula: str
+    method: str
+    df: str
+
+    def __call__(self, i: int) -> Fit:
+        here = np.zeros(self.design.n, bool)
+        here[self.order[self.item == i]] = True
+        piece = _rows(self.design, here, drop_levels=True)
+        columns = self.columns[i]
+        if not columns.all():
+            names = np.array(piece.x_names)
+            piece = dataclasses.replace(
+                piece,
+                X=np.asfortranarray(piece.X[:, columns]),
+                x_names=tuple(names[columns]),
+                x_assign=piece.x_assign[columns],
+                aliased=(*piece.aliased, *names[~columns]),
+            )
+        return _model(self.formula, piece).fit(self.method, df=self.df)
 
 
 # -------------------------------------------------------------------------------------------------

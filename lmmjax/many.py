@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,15 @@ import jax
 import numpy as np
 
 from lmmjax import batch, collapse, gram, start
-from lmmjax.batchfit import Arrays, BatchFit, TermLabels, concatenate, missing_items, take
+from lmmjax.batchfit import (
+    Arrays,
+    BatchFit,
+    TermLabels,
+    check_df,
+    concatenate,
+    missing_items,
+    take,
+)
 from lmmjax.errors import DataError
 from lmmjax.expr import parse_expr
 from lmmjax.gram import Layout, Units
@@ -111,6 +120,7 @@ def fit_many(
     """
     began = time.perf_counter()
     method = check_method(method)
+    df = None if df is None else check_df(df)  # before any work is done
     if missing not in ("drop", "raise"):
         raise DataError(f"missing={missing!r} is unknown; expected 'drop' or 'raise'.")
     shared = _Shared.build(formula, data, weights, offset, contrasts, missing)
@@ -330,15 +340,12 @@ class _Shared:
     ) -> BatchFit:
         import pandas as pd
 
-        from lmmjax.fit import check_df
-
         default = "satterthwaite" if self.design.terms else "residual"
-        df = default if df is None else check_df(df)
+        df = default if df is None else df
 
-        def single(i: int) -> Fit:
-            assert source.column is not None
-            return self._single(source.column(i), str(labels[i]), method, df)
-
+        single = None
+        if source.column is not None:
+            single = _Single(self.design, self.kept, self.labels, source.column, labels, method, df)
         return BatchFit(
             formula=f"~ {self.model.formula.split('~', 1)[1].strip()}",
             method=method,
@@ -349,20 +356,37 @@ class _Shared:
             arrays=concatenate(parts),
             seconds=seconds,
             notes=tuple(notes),
-            _single=None if source.column is None else single,
+            _single=single,
         )
 
-    def _single(self, y: np.ndarray, name: str, method: str, df: str) -> Fit:
-        """The ordinary fit of one response on the rows it has."""
-        with_y = dataclasses.replace(
-            self.design, y=y[self.kept], response=name, rows=self.labels[self.kept]
-        )
-        here = ~np.isnan(with_y.y)
-        model = Model.__new__(Model)
-        model.formula = f"{name} ~ {self.model.formula.split('~', 1)[1].strip()}"
-        model.residual, model.dtype = self.model.residual, self.model.dtype
-        model.design = with_y if here.all() else _rows(with_y, here, drop_levels=True)
-        return model.fit(method, df=df)
+
+@dataclass(frozen=True, eq=False)
+class _Single:
+    """The ordinary fit of one response on the rows that it has."""
+
+    design: Any
+    kept: np.ndarray
+    labels: Any  # of the rows of the caller's table
+    column: Callable[[int], np.ndarray]
+    names: list[Any]
+    method: str
+    df: str
+
+    def __call__(self, i: int) -> Fit:
+        y, name = self.column(i)[self.kept], str(self.names[i])
+        design = dataclasses.replace(self.design, y=y, response=name, rows=self.labels[self.kept])
+        here = ~np.isnan(y)
+        design = design if here.all() else _rows(design, here, drop_levels=True)
+        right = self.design.formula.split("~", 1)[1].strip()
+        return _model(f"{name} ~ {right}", design).fit(self.method, df=self.df)
+
+
+def _model(formula: str, design: Any) -> Model:
+    """A model from a design that is there already."""
+    model = Model.__new__(Model)
+    model.formula, model.residual, model.dtype = formula, None, "float64"
+    model.design = design
+    return model
 
 
 def _frame(table: Table, nodes: list[Any]) -> Any:

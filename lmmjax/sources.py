@@ -7,6 +7,7 @@ grow with the number of responses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,21 +79,34 @@ def _numeric(frame: Any) -> np.ndarray:
     return frame.to_numpy(dtype=float, na_value=np.nan)
 
 
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Responses that are kept: an array, a memory map or a sparse matrix, a column each."""
+
+    matrix: Any
+    labels: list[Any]
+
+    def cut(self, a: int, b: int) -> np.ndarray:
+        """Columns a ... b - 1, dense."""
+        block = self.matrix[:, a:b]
+        dense = block.toarray() if hasattr(block, "toarray") else block
+        return np.asarray(dense, dtype=np.float64)
+
+    def blocks(self, chunk: int) -> Iterator[tuple[list[Any], np.ndarray]]:
+        """All columns in blocks."""
+        for at in range(0, len(self.labels), chunk):
+            end = min(at + chunk, len(self.labels))
+            yield self.labels[at:end], self.cut(at, end)
+
+    def column(self, i: int) -> np.ndarray:
+        """One response."""
+        return self.cut(i, i + 1)[:, 0]
+
+
 def _matrix(matrix: Any, labels: list[Any], n: int) -> Source:
     _check_rows(matrix.shape[0], n)
-    sparse = hasattr(matrix, "tocsc")
-    if sparse:
-        matrix = matrix.tocsc()
-
-    def cut(a: int, b: int) -> np.ndarray:
-        block = matrix[:, a:b]
-        return np.asarray(block.toarray() if sparse else block, dtype=np.float64)
-
-    def blocks(chunk: int) -> Iterator[tuple[list[Any], np.ndarray]]:
-        for at in range(0, len(labels), chunk):
-            yield labels[at : at + chunk], cut(at, min(at + chunk, len(labels)))
-
-    return Source(labels, blocks, lambda i: cut(i, i + 1)[:, 0])
+    kept = Matrix(matrix.tocsc() if hasattr(matrix, "tocsc") else matrix, labels)
+    return Source(labels, kept.blocks, kept.column)
 
 
 def _stream(responses: Any, n: int) -> Source:

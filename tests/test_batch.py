@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +160,8 @@ def test_chunks_and_an_interrupt(many: lmm.BatchFit, sleep: pd.DataFrame) -> Non
         part = lmm.fit_many("~ Days + (1 | Subject)", sleep, stopped())
     np.testing.assert_array_equal(part.loglik, many.loglik)
     assert "interrupted" in repr(part)
+    with pytest.raises(lmm.LmmError, match="unknown to a batch"):
+        lmm.fit_many("~ Days + (1 | Subject)", sleep, Y, df="kenward-roger")
     with pytest.raises(lmm.DataError, match="one row of responses"):
         lmm.fit_many("~ Days + (1 | Subject)", sleep, Y[1:])
 
@@ -204,6 +207,9 @@ def test_contrasts_adjustment_and_parquet(many: lmm.BatchFit, tmp_path: Path) ->
     )
     np.testing.assert_array_equal(back.varcorr()["vcov"], many.varcorr()["vcov"])
     assert back.components().columns.tolist() == ["sd_(Intercept)|Subject", "sigma"]
+    again = pickle.loads(pickle.dumps(many))
+    pd.testing.assert_frame_equal(again.coef_table(), many.coef_table())
+    assert again[3].loglik == pytest.approx(many.loglik.iloc[3], abs=1e-8)
     with pytest.raises(lmm.DataError, match="expected some of"):
         many.coef_table(term="Hours")
 
