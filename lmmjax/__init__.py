@@ -15,7 +15,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmmjax import datasets
+    from lmmjax import datasets, studies
+    from lmmjax.batchfit import BatchFit
     from lmmjax.bayes.posterior import Posterior
     from lmmjax.comparison import Comparison, compare
     from lmmjax.datasets import describe_dataset, list_datasets, load_dataset
@@ -32,12 +33,16 @@ if TYPE_CHECKING:
         SingularFitWarning,
     )
     from lmmjax.fit import Fit
+    from lmmjax.groups import fit_groups
+    from lmmjax.many import fit_many
     from lmmjax.model import Model
     from lmmjax.precision import enable_cache, float64
+    from lmmjax.study import Study
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchFit",
     "Comparison",
     "ComparisonError",
     "ConvergenceWarning",
@@ -52,21 +57,29 @@ __all__ = [
     "PrecisionError",
     "PriorError",
     "SingularFitWarning",
+    "Study",
     "compare",
     "datasets",
     "describe_dataset",
     "enable_cache",
+    "fit_groups",
+    "fit_many",
     "float64",
     "list_datasets",
     "load_dataset",
+    "studies",
 ]
 
 #: where each public name lives; a module stands for itself
 _HOME = {
+    "BatchFit": "batchfit",
+    "fit_groups": "groups",
+    "fit_many": "many",
     "Comparison": "comparison",
     "Fit": "fit",
     "Model": "model",
     "Posterior": "bayes.posterior",
+    "Study": "study",
     "compare": "comparison",
     "datasets": "datasets",
     "describe_dataset": "datasets",
@@ -74,6 +87,7 @@ _HOME = {
     "float64": "precision",
     "list_datasets": "datasets",
     "load_dataset": "datasets",
+    "studies": "studies",
 }
 
 

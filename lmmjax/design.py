@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -560,7 +560,8 @@ def _match(factor: Factor, levels: np.ndarray, name: str) -> np.ndarray:
     if np.any(place < 0):
         raise DataError(
             f"found level {used.levels[place < 0][0]!r} of {name} in newdata, which was not in "
-            f"training; expected one of {', '.join(levels)}."
+            f"training; expected one of {', '.join(levels)}. Leave these rows out, or fit "
+            "the model with data that have the level."
         )
     return np.append(place, np.int32(-1))[used.codes]
 
@@ -603,17 +604,22 @@ def _check_weights(weights: np.ndarray, rows: pd.Index) -> None:
     if bad.size:
         raise DataError(
             f"found {bad.size} weights that are not positive (first: {weights[bad[0]]:g} in row "
-            f"{rows[bad[0]]}); expected weights > 0. Remove these rows."
+            f"{rows[bad[0]]}); expected weights > 0 (varfixed(v) makes them 1/v). Remove them."
         )
 
 
 def _check_terms(design: Design) -> None:
     for term, spec in zip(design.terms, design.spec.random, strict=True):
         if len(term.levels) < 2:
-            raise DesignError(
-                f"found one level ({term.levels[0]}) of the grouping factor {term.group} among the "
-                f"rows used; expected at least 2. Remove {spec.bar.text}."
-            )
+            refuse_one_level(term, spec)
+
+
+def refuse_one_level(term: Any, spec: RandomSpec) -> NoReturn:
+    """Raise DesignError: a grouping factor needs two levels."""
+    raise DesignError(
+        f"found one level ({term.levels[0]}) of the grouping factor {term.group} among the "
+        f"rows used; expected at least 2. Remove {spec.bar.text}."
+    )
 
 
 def check_identifiable(design: Design) -> None:

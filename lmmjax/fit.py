@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import estimate, tables
+from lmmjax.buckets import with_dummies
+from lmmjax.derivatives import is_approximate
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
 from lmmjax.gram import Rhs
 from lmmjax.inference.hypothesis import check_df, check_information
@@ -22,10 +24,12 @@ from lmmjax.inference.methods import InferenceMethods
 from lmmjax.optimize import CONVERGED, FLAT_STOP, STATUS, newton_decrement
 from lmmjax.precision import in_float64
 from lmmjax.simulate import simulate
+from lmmjax.threads import SMALL, one_blas_thread
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lmmjax.bootstrap import Bootstrap
     from lmmjax.model import Model
 
 #: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
@@ -79,7 +83,7 @@ class Fit(InferenceMethods):
     seconds: float
     gradient: np.ndarray = field(repr=False)
     _theta_s: np.ndarray = field(repr=False)
-    _hessian_s: np.ndarray = field(repr=False)
+    _curvature_s: np.ndarray = field(repr=False)
     _beta: np.ndarray = field(repr=False)
     _unscaled_vcov: np.ndarray = field(repr=False)
     information: str = "expected"  # of Kenward-Roger, by default
@@ -129,6 +133,17 @@ class Fit(InferenceMethods):
         """Standard errors of the fixed effects, (p,)."""
         return self.sigma * np.sqrt(np.diag(self._unscaled_vcov))
 
+    @cached_property
+    @in_float64
+    def _hessian_s(self) -> np.ndarray:
+        """Exact Hessian in standardised units; for a large crossed core only now computed."""
+        layout = self.model._plan.layout
+        if not is_approximate(layout):
+            return self._curvature_s
+        the_gram, rhs = self.model._on_device
+        with one_blas_thread():
+            return np.asarray(estimate.hessian(layout, self.method, self._theta_s, the_gram, rhs))
+
     # -- variance components ----------------------------------------------------------------------
 
     def varcorr(self) -> pd.DataFrame:
@@ -158,7 +173,7 @@ class Fit(InferenceMethods):
     @in_float64
     def _effects(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Per group: BLUPs (J, S) and conditional covariances (J, S, S), in the data's units."""
-        the_gram, rhs = self.model._standard[2:]
+        the_gram, rhs = self.model._on_device
         layout = self.model._plan.layout
         b, cov = estimate.effects(layout, the_gram, rhs, jnp.asarray(self._theta_s))
         out = {}
@@ -222,7 +237,7 @@ class Fit(InferenceMethods):
         out = []
         for term in self.model.design.terms:
             first = at.get(term.group, 0)
-            S = term.z.shape[1]
+            S = len(term.names)
             out.append(self._effects[term.group][0][:, first : first + S])
             at[term.group] = first + S
         return out
@@ -288,7 +303,7 @@ class Fit(InferenceMethods):
     @in_float64
     def _prediction_variance(self, rows: Rhs) -> np.ndarray:
         """Var / σ² of prediction errors for rows in standardised units (leading axis)."""
-        the_gram = self.model._standard[2]
+        the_gram = self.model._on_device[0]
         layout = self.model._plan.layout
         theta = jnp.asarray(self._theta_s)
         return np.asarray(estimate.unscaled_prediction_variance(layout, theta, the_gram, rows))
@@ -318,6 +333,38 @@ class Fit(InferenceMethods):
 
         cov, corr = marginal_cov(self.model.design, self._term_covs(), self.sigma, level, group)
         return MarginalCov(cov, corr)
+
+    # -- resampling -----------------------------------------------------------------------------
+
+    def bootstrap(self, n: int = 1000, seed: int = 0) -> Bootstrap:
+        """Parametric bootstrap: simulate from the fit, refit every replicate in one batch.
+
+        Parameters
+        ----------
+        n : int
+            Replicates.
+        seed : int
+            The same seed gives the same numbers.
+
+        Returns
+        -------
+        lmmjax.bootstrap.Bootstrap
+            ``.replicates``, ``.confint(kind="percentile" | "studentized")``, ``.n_failed`` ...
+
+        Notes
+        -----
+        Replicates are drawn as cross-products, exactly, at no cost in the number of rows.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> fit = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff")).fit()
+        >>> fit.bootstrap(200, seed=1).replicates.shape
+        (200, 3)
+        """
+        from lmmjax.bootstrap import bootstrap
+
+        return bootstrap(self, n, seed)
 
     # -- people ---------------------------------------------------------------------------------
 
@@ -360,7 +407,7 @@ def _optimizer_key(optimizer: Any) -> tuple[Any, str]:
 
 def _start(model: Model, start: Any) -> np.ndarray:
     if start is None:
-        return estimate.start(model._plan.layout)
+        return model._start
     theta = np.asarray(start, float)
     expected = len(model.theta_names)
     if theta.shape != (expected,) or not np.all(np.isfinite(theta)):
@@ -407,23 +454,25 @@ def fit_model(
         else ("satterthwaite" if model.is_mixed else "residual")
     )
     key, name = _optimizer_key(optimizer)
-    the_gram, rhs = model._arrays()
-    layout, units = model._plan.layout, model._units
-    theta0 = jnp.asarray(_start(model, start), model.dtype)
+    layout, the_gram, rhs = model._padded
+    units, p = model._units, model.design.p
+    the_gram = with_dummies(the_gram, layout.p - p, method)
+    theta0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
-    best, est = jax.block_until_ready(
-        estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
-    )
+    with one_blas_thread(layout.d + layout.p >= SMALL):
+        best, est = jax.device_get(
+            estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
+        )
     seconds = time.perf_counter() - began
     theta_s, hessian = np.asarray(best.theta, float), np.asarray(best.hessian, float)
     boundary = _boundary(model, theta_s)
-    converged, words = _judge(best, hessian, method, model.dtype)
+    converged, words = _judge(best, hessian, method, model.dtype, name)
     fit = Fit(
         model=model,
         method=method,
         df=df,
         optimizer=name,
-        theta=model._theta_public(theta_s),
+        theta=_frozen(model._theta_public(theta_s)),
         sigma=units.scale * math.sqrt(float(est.sigma2)),
         loglik=-0.5 * (float(best.value) + units.constant(method)),
         converged=converged,
@@ -431,11 +480,11 @@ def fit_model(
         message="; ".join([words, *boundary]),
         n_evals=int(best.n_evals),
         seconds=seconds,
-        gradient=np.asarray(best.gradient, float),
+        gradient=_frozen(np.array(best.gradient, float)),
         _theta_s=theta_s,
-        _hessian_s=hessian,
-        _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float),
-        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float) @ units.A.T,
+        _curvature_s=hessian,
+        _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float)[:p],
+        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float)[:p, :p] @ units.A.T,
         information=check_information(information),
     )
     if not converged:
@@ -445,7 +494,13 @@ def fit_model(
     return fit
 
 
-def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[bool, str]:
+def _frozen(values: np.ndarray) -> np.ndarray:
+    """The array, closed to writing: results are immutable."""
+    values.setflags(write=False)
+    return values
+
+
+def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str, name: str) -> tuple[bool, str]:
     """Convergence by what a Newton step still promises and by the curvature, in words."""
     if len(hessian) == 0:
         return True, "closed form"
@@ -456,9 +511,8 @@ def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[boo
             "size or a response that the model fits exactly"
         )
     gradient = np.asarray(best.gradient, float)
-    promised = newton_decrement(gradient, hessian)
+    promised, lowest = newton_decrement(gradient, hessian)
     tolerance = 1e-6 if dtype == "float64" else 1e-2
-    lowest = float(np.linalg.eigvalsh(hessian)[0])
     curved = lowest > -1e-6 * max(1.0, float(np.abs(hessian).max()))
     largest = float(np.max(np.abs(gradient)))
     checks = f"{best.n_evals} evaluations, largest gradient {largest:.1g}"
@@ -469,9 +523,15 @@ def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[boo
     reason = STATUS[status] if not curved or status != CONVERGED else "the gradient is not zero"
     if not curved:
         reason += ", at a saddle point"
+    remedy = (
+        "use another start=" if name == "newton" else "use optimizer='newton', or another start="
+    )
+    if np.max(np.abs(np.asarray(best.theta))) > 1e4:
+        reason += ", the residual variance goes to 0"
+        remedy = "the random effects reproduce the response: simplify them, or check for copies"
     return False, (
         f"did not converge: {reason} ({checks}; a Newton step promises {promised:.2g} less "
-        f"{method} criterion); use optimizer='newton', or another start="
+        f"{method} criterion); {remedy}"
     )
 
 

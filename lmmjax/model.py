@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax import estimate, gram
+from lmmjax import buckets, derivatives, gram, start
 from lmmjax import likelihood as lk
 from lmmjax.design import Design, build_design
 from lmmjax.errors import DataError, DesignError, FormulaError
-from lmmjax.gram import Gram, Rhs
+from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import require_float64
 
 if TYPE_CHECKING:
@@ -111,6 +111,75 @@ class Model:
             safe=safe,
         )
 
+    @classmethod
+    def from_table(
+        cls,
+        formula: str,
+        source: Any,
+        *,
+        residual: str | None = None,
+        weights: str | None = None,
+        offset: str | None = None,
+        contrasts: dict[str, str] | None = None,
+        missing: str = "drop",
+        safe: bool = False,
+        dtype: str = "float64",
+    ) -> Model:
+        """Build the model of a table larger than memory: two passes, bounded memory.
+
+        Parameters
+        ----------
+        formula, residual, contrasts, missing, safe, dtype
+            As for `Model`.
+        source : object
+            Path, pattern or list of paths of Parquet files; DuckDB relation; pyarrow dataset;
+            polars lazy frame; Spark frame; or anything with an Arrow C stream that can be read
+            twice.
+        weights, offset : str, optional
+            A column or an expression of columns.
+
+        Returns
+        -------
+        Model
+            The same as in memory, without the rows: ``fitted``, ``residuals`` and ``simulate``
+            raise, `Fit.predict` needs ``newdata``.
+
+        Raises
+        ------
+        FormulaError, DataError, DesignError
+
+        Notes
+        -----
+        Each step of transforms upon transforms (``poly(scale(x), 2)``) costs one more pass, and so
+        do nearly dependent columns of X. Transforms that learn (``scale``, ``poly``, ``bs`` ...)
+        spool their argument to a temporary file, 8 bytes a row.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm, pyarrow as pa
+        >>> table = pa.Table.from_pandas(lmm.load_dataset("Dyestuff"))
+        >>> lmm.Model.from_table("Yield ~ 1 + (1 | Batch)", table).groups
+        {'Batch': 6}
+        """
+        from lmmjax.stream import build_streamed
+
+        if dtype not in ("float64", "float32"):
+            raise DataError(f"dtype={dtype!r} is unknown; expected 'float64' or 'float32'.")
+        model = cls.__new__(cls)
+        model.formula, model.residual, model.dtype = formula, residual, dtype
+        design, standard = build_streamed(
+            formula,
+            source,
+            weights=_known_variances(residual, weights),
+            offset=offset,
+            contrasts=contrasts,
+            missing=missing,
+            safe=safe,
+        )
+        model.design = design  # type: ignore[assignment]
+        model.__dict__["_standard"] = standard
+        return model
+
     # -- what it is ---------------------------------------------------------------------------
 
     @property
@@ -134,6 +203,11 @@ class Model:
         return {t.group: len(t.levels) for t in self.design.terms}
 
     @property
+    def engine(self) -> str:
+        """How the likelihood is computed for these data, in words: chosen by count."""
+        return self._plan.words()
+
+    @property
     def is_mixed(self) -> bool:
         """Whether the model has random effects."""
         return bool(self.design.terms)
@@ -148,8 +222,11 @@ class Model:
 
     @property
     def theta0(self) -> np.ndarray:
-        """The start of the optimisation as θ in the units of the data; shape (n_theta,)."""
-        return self._theta_public(estimate.start(self._plan.layout))
+        """The start of the optimisation as θ in the units of the data; shape (n_theta,).
+
+        Variances by the method of moments (MINQUE(0)), kept away from 0.
+        """
+        return self._theta_public(self._start)
 
     # -- the pieces of the likelihood -----------------------------------------------------------
 
@@ -162,6 +239,28 @@ class Model:
             standardised.units,
             *gram.crossproducts(self.design, the_plan, standardised),
         )
+
+    @cached_property
+    def _start(self) -> np.ndarray:
+        """Start in standardised units."""
+        return start.moments(self._plan.layout, *self._standard[2:])
+
+    @cached_property
+    def _on_device(self) -> tuple[Gram, Rhs]:
+        """:meth:`_arrays` as JAX arrays; for use inside ``float64()`` only."""
+        return jax.tree.map(jnp.asarray, self._arrays())
+
+    @cached_property
+    def _padded(self) -> tuple[Layout, Gram, Rhs]:
+        """What is fitted: shapes rounded up to buckets (buckets.py); as ``_on_device``."""
+        layout, the_gram, rhs = buckets.pad(self._plan.layout, *self._arrays())
+        if layout == self._plan.layout:
+            return (layout, *self._on_device)
+        return (layout, *jax.tree.map(jnp.asarray, (the_gram, rhs)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        arrays = ("_on_device", "_padded")
+        return {k: v for k, v in self.__dict__.items() if k not in arrays}
 
     @property
     def _plan(self) -> gram.Plan:
@@ -234,8 +333,8 @@ class Model:
             )
         the_gram, rhs = self._arrays()
         undo = [np.linalg.inv(B).astype(self.dtype) for B in self._units.B]
-        red = lk.reduce(layout, theta, the_gram, rhs, undo)
-        return lk.deviance(red, method) + self._units.constant(method)
+        value = derivatives.profiled(layout, method, theta, the_gram, rhs, undo)
+        return value + self._units.constant(method)
 
     # -- what to do with it ---------------------------------------------------------------------
 

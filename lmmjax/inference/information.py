@@ -74,7 +74,7 @@ def tables(
 def _closed_form(
     layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, E: list[jax.Array]
 ) -> Tables:
-    k = dv._pieces(layout, theta, gram, rhs)
+    k = dv._pieces(layout, theta, gram, rhs, ())
     xx, xy, yy = lk.quadratic(k.red)
     S = jnp.block([[xx, xy[:, None]], [xy[None], yy[None, None]]])
     gamma = dv._gamma(layout, k, jnp.zeros_like(S))
@@ -114,10 +114,10 @@ def _core_second(layout: Layout, k: dv.Pieces, E: list[jax.Array]) -> tuple[jax.
     """What the dense core adds: -P_iQP_j' of the chain's block, and the blocks beside it."""
     IQK = jnp.eye(layout.d, dtype=k.Q.dtype) - k.Q @ k.K
     A_cc = k.K @ IQK
-    M = jnp.einsum("kab,adbe->kde", E[0], dv._outer(k.P, k.P))
-    G = jnp.einsum("kab,adbm->kdm", E[0], dv._outer(k.P, k.T))
+    M = k.P.weigh(E[0])
+    G = jnp.stack([k.P.transposed(_rows(e, k.T)) for e in E[0]])
     QM = k.Q @ M
-    mixed = dv._double(dv._outer(dv._inner(dv._left(k.Q, k.P), k.P), k.a), E[0], E[0])
+    mixed = dv._double(dv._outer(k.P.conjugate(k.Q), k.a), E[0], E[0])
     trace = jnp.einsum("kde,led->kl", QM, QM) - mixed - mixed.T
     quad = -jnp.einsum("kdm,ldn->klmn", G, k.Q @ G)
     ET = dv._apply_core(layout, E[1:], k.T_core)

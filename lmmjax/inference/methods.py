@@ -438,7 +438,7 @@ class InferenceMethods:
     @in_float64
     def _vcov_derivative(self) -> tuple[np.ndarray, np.ndarray]:
         fit = self._fit
-        the_gram, rhs = fit.model._standard[2:]
+        the_gram, rhs = fit.model._on_device
         V, dV = estimate.vcov_and_derivative(
             fit.model._plan.layout, fit.method, jnp.asarray(fit._theta_s), the_gram, rhs
         )
@@ -458,7 +458,7 @@ class InferenceMethods:
     def _tables(self, d: Directions, E: list[np.ndarray]) -> Tables:
         """Derivatives along ``E``; see information.py."""
         fit = self._fit
-        the_gram, rhs = fit.model._standard[2:]
+        the_gram, rhs = fit.model._on_device
         theta = jnp.asarray(fit._theta_s)
         found = tables(fit.model._plan.layout, theta, the_gram, rhs, d.sigmas, E)
         return jax.tree.map(np.asarray, found)
