@@ -1,8 +1,8 @@
 """Digits of float64 and float32: ``python -m benchmarks.accuracy`` writes docs/accuracy.md.
 
 Digits are -log10 of the relative error, at most 16. The reference of a fit is the float64 fit of
-the data as they are; that of the NIST problems is the closed form of balanced one-way REML, evaluated
-in exact arithmetic on the numbers as stored.
+the data as they are; that of the NIST problems is the closed form of balanced one-way REML,
+evaluated in exact arithmetic on the numbers as stored.
 """
 
 from __future__ import annotations

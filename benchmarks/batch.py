@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.__main__ import median_seconds
+from benchmarks.measure import median_seconds
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks-batch.md"
 HEAD = """# Benchmarks of batches

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
         ComparisonError,
         ConvergenceWarning,
         DataError,
+        DataWarning,
         DesignError,
         EstimabilityWarning,
         FormulaError,
         LmmError,
         PrecisionError,
         PriorError,
+        ResidualWarning,
         SingularFitWarning,
     )
     from lmmjax.fit import Fit
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from lmmjax.many import fit_many
     from lmmjax.model import Model
     from lmmjax.precision import enable_cache, float64
+    from lmmjax.stages import TwoStage, two_stage
     from lmmjax.study import Study
 
 __version__ = "0.1.0"
@@ -47,6 +50,7 @@ __all__ = [
     "ComparisonError",
     "ConvergenceWarning",
     "DataError",
+    "DataWarning",
     "DesignError",
     "EstimabilityWarning",
     "Fit",
@@ -56,8 +60,10 @@ __all__ = [
     "Posterior",
     "PrecisionError",
     "PriorError",
+    "ResidualWarning",
     "SingularFitWarning",
     "Study",
+    "TwoStage",
     "compare",
     "datasets",
     "describe_dataset",
@@ -68,6 +74,7 @@ __all__ = [
     "list_datasets",
     "load_dataset",
     "studies",
+    "two_stage",
 ]
 
 #: where each public name lives; a module stands for itself
@@ -80,6 +87,7 @@ _HOME = {
     "Model": "model",
     "Posterior": "bayes.posterior",
     "Study": "study",
+    "TwoStage": "stages",
     "compare": "comparison",
     "datasets": "datasets",
     "describe_dataset": "datasets",
@@ -88,6 +96,7 @@ _HOME = {
     "list_datasets": "datasets",
     "load_dataset": "datasets",
     "studies": "studies",
+    "two_stage": "stages",
 }
 
 

@@ -34,7 +34,6 @@ they cancel (Gilmour, Thompson and Cullis 1995); with w_k = E_k T v and Ã_P = �
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -268,38 +267,13 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
         P = SparseP(eye - lk.per_level(W_A, f.root), gram.cross, d)
     K = jnp.concatenate([f.schur[:d], red.row.schur[:d, None]], axis=1)
     transposed = [lam.T for lam in f.lams[1:]]
-    half = lk.scale_core(layout, transposed, inverse_from_cholesky(f.core[:d, :d]))
+    half = lk.scale_core(layout, transposed, lk.inverse_from_cholesky(f.core[:d, :d]))
     Q = lk.scale_core(layout, transposed, half.T)
     QK = Q @ K[:, d:]
     T, T_core = fixed - P.apply(QK) if d else fixed, K[:, d:] - K[:, :d] @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
     lams = list(f.lams)
     return Pieces(red, lams, a, every_a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
-
-
-def inverse_from_cholesky(L: jax.Array, block: int = 160) -> jax.Array:
-    """(LL')⁻¹: by halves, so that most of the work is matrix products, 2/3 of d³ of them."""
-    inverse = _inverse_triangular(L, block)
-    d = len(L)
-    if d <= block:
-        return inverse.T @ inverse
-    out = jnp.zeros_like(L)
-    cuts = np.linspace(0, d, -(-d // (2 * block)) + 1).astype(int)
-    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
-        rows = inverse[a:, a:b].T @ inverse[a:, : cuts[i + 1]]
-        out = out.at[a:b, : cuts[i + 1]].set(rows)
-    lower = jnp.tril(out)
-    return lower + jnp.tril(lower, -1).T
-
-
-def _inverse_triangular(L: jax.Array, block: int) -> jax.Array:
-    d = len(L)
-    if d <= block:
-        return jax.scipy.linalg.solve_triangular(L, jnp.eye(d, dtype=L.dtype), lower=True)
-    h = d // 2
-    first, last = _inverse_triangular(L[:h, :h], block), _inverse_triangular(L[h:, h:], block)
-    corner = -last @ (L[h:, :h] @ first)
-    return jnp.block([[first, jnp.zeros((h, d - h), L.dtype)], [corner, last]])
 
 
 def _left(A: jax.Array, x: jax.Array) -> jax.Array:

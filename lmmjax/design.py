@@ -8,7 +8,7 @@ data (levels, polynomials, centres) is kept in a `DesignSpec`, which codes new d
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -26,6 +26,8 @@ from lmmjax.evaluate import (
 from lmmjax.expr import Call, Name, Node, deparse, names_in
 from lmmjax.formula import Bar, ParsedFormula, Terms, expand, parse
 from lmmjax.rank import clearly_independent, independent_columns
+from lmmjax.residual.frame import Residuals, build
+from lmmjax.residual.language import ResidualSpec
 from lmmjax.table import Table
 from lmmjax.terms import CONTRASTS, Coding, centrable, encode
 from lmmjax.variables import (
@@ -268,6 +270,8 @@ class Design:
     spec : DesignSpec
     columns : dict of Series
         Raw columns of the fixed part in the rows used, not copied: for reference grids.
+    residual : Residuals or None
+        Arrays of the residual structure; None where the residuals are independent.
     """
 
     formula: str
@@ -288,6 +292,7 @@ class Design:
     missing: dict[str, int]
     spec: DesignSpec = field(repr=False)
     columns: dict[str, pd.Series] = field(repr=False, default_factory=dict)
+    residual: Residuals | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -309,6 +314,7 @@ def build_design(
     contrasts: Mapping[str, str] | None = None,
     missing: str = "drop",
     safe: bool = False,
+    residual: ResidualSpec | None = None,
 ) -> Design:
     """Build the arrays of a linear mixed model from a formula and a table.
 
@@ -330,6 +336,8 @@ def build_design(
         What to do with rows that lack a value of any variable used.
     safe : bool
         Allow only arithmetic and the fixed list of R functions.
+    residual : ResidualSpec, optional
+        Structure of the residuals; rows that lack one of its variables are refused.
 
     Returns
     -------
@@ -362,9 +370,13 @@ def build_design(
     if missing not in ("drop", "raise"):
         raise DataError(f'found missing={missing!r}; expected "drop" or "raise".')
     parsed = parse(formula)
-    raw = evaluate(parsed, Table(data), weights, offset, safe)
+    raw = evaluate(parsed, Table(data), weights, offset, safe, residual)
     keep = complete_rows(raw, missing)
-    design = _assemble(parsed, raw.take(keep), {} if contrasts is None else contrasts, safe)
+    raw = raw.take(keep)
+    design = _assemble(parsed, raw, {} if contrasts is None else contrasts, safe)
+    if residual is not None and residual.structured:
+        found = build(residual, raw.residual, design.n, raw.n_dropped, raw.rows)
+        design = replace(design, residual=found)
     _check_terms(design)
     return design
 

@@ -205,7 +205,10 @@ def data_lines(model: Model) -> list[str]:
     design = model.design
     lines = [f"Formula: {model.formula}", _size_line(model)]
     if design.has_weights:
-        lines.append(f"Weights: {model.residual or 'precision weights, Var(ε) = σ²/w'}")
+        known = design.residual is None and model.residual
+        lines.append(f"Weights: {known or 'precision weights, Var(ε) = σ²/w'}")
+    if design.residual is not None:
+        lines.append(f"Residual structure: {model.residual}")
     if design.has_offset:
         lines.append("Offset: yes")
     if model.n_dropped:
@@ -301,6 +304,8 @@ def model_page(model: Model) -> Page:
 def fit_page(fit: Fit, level: float = 0.95) -> Page:
     """A fit as lme4's summary shows it."""
     kind = "Linear mixed model" if fit.model.is_mixed else "Linear model"
+    if fit.model.is_structured and not fit.model.is_mixed:
+        kind = "Marginal linear model"
     words = {"REML": "REML", "ML": "maximum likelihood"}[fit.method]
     blocks: list[str | TextTable] = ["\n".join([*data_lines(fit.model), *_warning_lines(fit)])]
     blocks.append(_criteria_line(fit))
@@ -308,6 +313,12 @@ def fit_page(fit: Fit, level: float = 0.95) -> Page:
         blocks.append(varcorr_table(fit.varcorr()))
     else:
         blocks.append(_sigma_line(fit))
+    if fit.model.is_structured:
+        params = fit.residual_params()
+        cells = [
+            [str(name), value] for name, value in zip(params.index, numbers(params), strict=True)
+        ]
+        blocks.append(TextTable(["", "Estimate"], cells, caption="Residual structure"))
     if len(fit.model.design.x_names):
         caption = f"Fixed effects ({DF_WORDS.get(fit.df, fit.df)})"
         blocks.append(coef_table_text(fit.coef_table(level=level), level, caption))

@@ -39,3 +39,11 @@ class SingularFitWarning(UserWarning):
 
 class EstimabilityWarning(UserWarning):
     """The data do not determine what was asked for: empty cells, aliased columns."""
+
+
+class ResidualWarning(UserWarning):
+    """Positions of a residual structure are doubtful, or its parameters are not identified."""
+
+
+class DataWarning(UserWarning):
+    """Some of the data could not be used as asked; the message says which."""

@@ -18,7 +18,7 @@ from lmmjax import estimate, tables
 from lmmjax.buckets import with_dummies
 from lmmjax.derivatives import is_approximate
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
-from lmmjax.gram import Rhs
+from lmmjax.gram import Gram, Rhs
 from lmmjax.inference.hypothesis import check_df, check_information
 from lmmjax.inference.methods import InferenceMethods
 from lmmjax.optimize import CONVERGED, FLAT_STOP, STATUS, newton_decrement
@@ -58,6 +58,8 @@ class Fit(InferenceMethods):
         Residual standard deviation (of a row of weight 1).
     theta : ndarray (n_theta,)
         Relative covariance parameters, terms in formula order, each column-major (lme4).
+    phi : ndarray (n_phi,)
+        Free parameters of the residual structure; :meth:`residual_params` has them as reported.
     loglik, deviance : float
         (Restricted) log-likelihood, and -2 times it.
     converged, singular : bool
@@ -87,6 +89,8 @@ class Fit(InferenceMethods):
     _beta: np.ndarray = field(repr=False)
     _unscaled_vcov: np.ndarray = field(repr=False)
     information: str = "expected"  # of Kenward-Roger, by default
+    phi: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
+    _residual_sd: float = 1.0  # S of the row that σ refers to, in the units of the source
 
     # -- numbers ------------------------------------------------------------------------------
 
@@ -110,7 +114,7 @@ class Fit(InferenceMethods):
     @property
     def n_params(self) -> int:
         """Fixed effects, covariance parameters and σ."""
-        return len(self._beta) + len(self.theta) + 1
+        return len(self._beta) + len(self.theta) + len(self.phi) + 1
 
     @property
     def aic(self) -> float:
@@ -138,11 +142,24 @@ class Fit(InferenceMethods):
     def _hessian_s(self) -> np.ndarray:
         """Exact Hessian in standardised units; for a large crossed core only now computed."""
         layout = self.model._plan.layout
-        if not is_approximate(layout):
+        if self.model.is_structured or not is_approximate(layout):
             return self._curvature_s
         the_gram, rhs = self.model._on_device
         with one_blas_thread():
             return np.asarray(estimate.hessian(layout, self.method, self._theta_s, the_gram, rhs))
+
+    @property
+    def _products(self) -> tuple[Gram, Rhs]:
+        """Cross-products at the estimated residual parameters (constants where there are none)."""
+        return self._structured_products if self.model.is_structured else self.model._on_device
+
+    @cached_property
+    @in_float64
+    def _structured_products(self) -> tuple[Gram, Rhs]:
+        from lmmjax.residual import program
+
+        arrays = program.crossproducts(self.model._prepared[2], jnp.asarray(self.phi))
+        return jax.tree.map(np.asarray, arrays)
 
     # -- variance components ----------------------------------------------------------------------
 
@@ -162,10 +179,18 @@ class Fit(InferenceMethods):
         return [self.sigma**2 * lam @ lam.T for lam in self.model._factors(self.theta)]
 
     def residual_params(self) -> pd.Series:
-        """Parameters of the residual structure; empty for independent residuals."""
+        """Parameters of the residual structure by name; empty for independent residuals.
+
+        ``phi rho phi1 theta1 rho[a,b] range nugget sd_ratio[level] delta``: with unequal variances
+        σ is the SD of the first level or position (of |x| = 1 for varpower, x = 0 for varexp).
+        """
         import pandas as pd
 
-        return pd.Series(dtype=float, name="estimate")
+        if not self.model.is_structured:
+            return pd.Series(dtype=float, name="estimate")
+        from lmmjax.residual.intervals import natural
+
+        return pd.Series(natural(self), index=self.model.phi_names, name="estimate")
 
     # -- random effects -------------------------------------------------------------------------
 
@@ -173,15 +198,16 @@ class Fit(InferenceMethods):
     @in_float64
     def _effects(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Per group: BLUPs (J, S) and conditional covariances (J, S, S), in the data's units."""
-        the_gram, rhs = self.model._on_device
+        the_gram, rhs = self._products
         layout = self.model._plan.layout
+        sigma = self.sigma / self._residual_sd
         b, cov = estimate.effects(layout, the_gram, rhs, jnp.asarray(self._theta_s))
         out = {}
         for factor, b_f, cov_f in zip(self.model._plan.factors, b, cov, strict=True):
             B = _block_diagonal([self.model._units.B[k] for k in factor.terms])
             C = np.moveaxis(np.asarray(cov_f), -1, 0)
             values = self.model._units.scale * np.asarray(b_f).T @ B.T
-            out[factor.group] = (values, self.sigma**2 * B @ C @ B.T)
+            out[factor.group] = (values, sigma**2 * B @ C @ B.T)
         return out
 
     def _group(self, group: str | None) -> tuple[str, list[str], list[str]]:
@@ -248,8 +274,9 @@ class Fit(InferenceMethods):
         Parameters
         ----------
         kind : {"response", "pearson", "normalized"}
-            y - ŷ; divided by the row's SD σ/√w; multiplied by the inverse Cholesky factor of the
-            residual covariance (the same as Pearson for independent errors).
+            y - ŷ; divided by the row's SD σ S/√w; that multiplied by the inverse of the lower
+            Cholesky factor of the subject's residual correlation, in row order (the same as Pearson
+            for independent errors).
         """
         import pandas as pd
 
@@ -258,10 +285,15 @@ class Fit(InferenceMethods):
                 f"residuals(kind={kind!r}) is unknown; expected 'response', 'pearson' or "
                 "'normalized'."
             )
+        from lmmjax.residual.covariance import normalise, relative_sd
+
         design = self.model.design
         values = design.y - self.fitted().to_numpy()
         if kind != "response":
-            values = values * np.sqrt(design.weights) / self.sigma
+            sd = relative_sd(design.residual, self.phi, design.weights)
+            values = values / (self.sigma * sd)
+        if kind == "normalized":
+            values = normalise(design.residual, self.phi, values)
         return pd.Series(values, index=design.rows, name="residual")
 
     def predict(
@@ -279,8 +311,9 @@ class Fit(InferenceMethods):
         ----------
         newdata : table, optional
             The training rows by default.
-        kind : {"conditional", "population"}
-            With the BLUPs of each row's levels, or with the fixed part alone.
+        kind : {"conditional", "population", "next"}
+            With the BLUPs of each row's levels, or with the fixed part alone. "next" adds the BLUP
+            of the row's residual given those of its subject's rows (correlated residuals).
         interval : {"confidence", "prediction"}, optional
             Given: a frame ``estimate std_error low high``. The standard error carries the
             uncertainty of β (and of b, for conditional predictions) given θ; a prediction
@@ -303,15 +336,17 @@ class Fit(InferenceMethods):
     @in_float64
     def _prediction_variance(self, rows: Rhs) -> np.ndarray:
         """Var / σ² of prediction errors for rows in standardised units (leading axis)."""
-        the_gram = self.model._on_device[0]
         layout = self.model._plan.layout
         theta = jnp.asarray(self._theta_s)
-        return np.asarray(estimate.unscaled_prediction_variance(layout, theta, the_gram, rows))
+        variance = estimate.unscaled_prediction_variance(layout, theta, self._products[0], rows)
+        return np.asarray(variance) / self._residual_sd**2
 
     def simulate(self, n: int = 1, seed: int = 0) -> pd.DataFrame:
         """Simulate responses from the fit, with new random effects and residuals: (n_obs, n)."""
         lams = self.model._factors(self.theta)
-        return simulate(self.model.design, self._beta, lams, self.sigma, n=n, seed=seed)
+        return simulate(
+            self.model.design, self._beta, lams, self.sigma, n=n, seed=seed, phi=self.phi
+        )
 
     def marginal_cov(self, level: Any, group: str | None = None) -> MarginalCov:
         """V_i = Z_i D Z_i' + Σ_i of one subject, and its correlation matrix.
@@ -322,7 +357,7 @@ class Fit(InferenceMethods):
             A level of ``group``.
         group : str, optional
             May be left out where the model has one grouping factor, or a nested hierarchy (then
-            the outermost).
+            the outermost). The residual subjects count as a group.
 
         Raises
         ------
@@ -331,8 +366,22 @@ class Fit(InferenceMethods):
         """
         from lmmjax.marginal import marginal_cov
 
-        cov, corr = marginal_cov(self.model.design, self._term_covs(), self.sigma, level, group)
+        cov, corr = marginal_cov(
+            self.model.design, self._term_covs(), self.sigma, level, group, self.phi
+        )
         return MarginalCov(cov, corr)
+
+    def hierarchical_counterpart(self) -> str | None:
+        """Why no hierarchical model implies this marginal one, in words; None where one does."""
+        from lmmjax.residual.checks import hierarchical_counterpart
+
+        return hierarchical_counterpart(self)
+
+    def residual_intervals(self, level: float = 0.95) -> pd.DataFrame:
+        """Wald intervals of the residual parameters; see :mod:`lmmjax.residual.intervals`."""
+        from lmmjax.residual.intervals import wald
+
+        return wald(self, level)
 
     # -- resampling -----------------------------------------------------------------------------
 
@@ -409,19 +458,20 @@ def _start(model: Model, start: Any) -> np.ndarray:
     if start is None:
         return model._start
     theta = np.asarray(start, float)
-    expected = len(model.theta_names)
-    if theta.shape != (expected,) or not np.all(np.isfinite(theta)):
+    names = [*model.theta_names, *model.phi_names]
+    if theta.shape != (len(names),) or not np.all(np.isfinite(theta)):
         raise DataError(
-            f"start has shape {theta.shape}; expected ({expected},) finite values, one for each "
-            f"of {model.theta_names}."
+            f"start has shape {theta.shape}; expected ({len(names)},) finite values, one for each "
+            f"of {names}."
         )
+    theta, phi = np.split(theta, [len(model.theta_names)])
     theta_s = model._theta_standard(theta)
     if np.any(np.abs(theta_s[_diagonal(model)]) < SINGULAR_TOLERANCE):
         raise DataError(
             "start has a variance of 0, where the gradient is 0 whatever the data; expected "
             "positive relative SDs. Use small positive values, 0.1 say."
         )
-    return theta_s
+    return np.concatenate([theta_s, phi])
 
 
 def _diagonal(model: Model) -> np.ndarray:
@@ -446,25 +496,23 @@ def fit_model(
 ) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
     from lmmjax.design import check_identifiable
+    from lmmjax.residual.checks import warn_redundant
 
     check_identifiable(model.design)
-    df = (
-        check_df(df, method)
-        if df is not None
-        else ("satterthwaite" if model.is_mixed else "residual")
-    )
+    warn_redundant(model.design)
+    uncertain = model.is_mixed or model.is_structured
+    default = "satterthwaite" if uncertain else "residual"
+    df = default if df is None else check_df(df, method)
     key, name = _optimizer_key(optimizer)
-    layout, the_gram, rhs = model._padded
-    units, p = model._units, model.design.p
-    the_gram = with_dummies(the_gram, layout.p - p, method)
+    layout, units, p = model._plan.layout, model._units, model.design.p
     theta0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
     with one_blas_thread(layout.d + layout.p >= SMALL):
-        best, est = jax.device_get(
-            estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
-        )
+        best, est = jax.device_get(_optimise(model, method, theta0, key))
     seconds = time.perf_counter() - began
-    theta_s, hessian = np.asarray(best.theta, float), np.asarray(best.hessian, float)
+    theta_s, phi = np.split(np.asarray(best.theta, float), [layout.n_theta])
+    sd = _residual_sd(model, phi)
+    hessian = np.asarray(best.hessian, float)
     boundary = _boundary(model, theta_s)
     converged, words = _judge(best, hessian, method, model.dtype, name)
     fit = Fit(
@@ -472,8 +520,8 @@ def fit_model(
         method=method,
         df=df,
         optimizer=name,
-        theta=_frozen(model._theta_public(theta_s)),
-        sigma=units.scale * math.sqrt(float(est.sigma2)),
+        theta=_frozen(model._theta_public(theta_s, sd)),
+        sigma=units.scale * math.sqrt(float(est.sigma2)) * sd,
         loglik=-0.5 * (float(best.value) + units.constant(method)),
         converged=converged,
         singular=bool(boundary),
@@ -484,14 +532,36 @@ def fit_model(
         _theta_s=theta_s,
         _curvature_s=hessian,
         _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float)[:p],
-        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float)[:p, :p] @ units.A.T,
+        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float)[:p, :p] @ units.A.T / sd**2,
         information=check_information(information),
+        phi=_frozen(phi),
+        _residual_sd=sd,
     )
     if not converged:
         warnings.warn(fit.message, ConvergenceWarning, stacklevel=4)
     if boundary:
         warnings.warn("singular fit: " + "; ".join(boundary), SingularFitWarning, stacklevel=4)
     return fit
+
+
+def _optimise(model: Model, method: str, theta0: np.ndarray, key: Any) -> Any:
+    """The compiled fit: with residual parameters, or in the bucket of the model's shapes."""
+    if model.is_structured:
+        from lmmjax.residual import program
+
+        layout = model._plan.layout
+        return program.optimise(layout, method, model._source(), theta0, optimizer=key)
+    layout, the_gram, rhs = model._padded
+    the_gram = with_dummies(the_gram, layout.p - model.design.p, method)
+    return estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
+
+
+def _residual_sd(model: Model, phi: np.ndarray) -> float:
+    """S of the row that σ refers to; 1 for equal variances."""
+    if model.design.residual is None:
+        return 1.0
+    s = model.design.residual.structure
+    return float(s.variances.reference(jnp.asarray(phi[s.n_corr :])))
 
 
 def _frozen(values: np.ndarray) -> np.ndarray:

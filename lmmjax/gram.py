@@ -268,6 +268,14 @@ def _parents(child: np.ndarray, J: int, parent: np.ndarray) -> np.ndarray | None
     return lies_in if np.array_equal(lies_in[child], parent) else None
 
 
+def _subjects(design: Any) -> list[tuple[np.ndarray, int]]:
+    """Codes and number of the subjects whose residuals are correlated, if there are any."""
+    residual = getattr(design, "residual", None)
+    if residual is None or not residual.correlated:
+        return []
+    return [(residual.subject, len(residual.subjects))]
+
+
 #: a factor of no more columns than this is not worth a place in the chain
 DENSE = 32
 
@@ -281,17 +289,27 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
     dense core: crossed factors, and outer factors so small that elimination would not pay. The
     products of a chain of one factor with the core are kept sparse where that is cheaper by count
     (``layout.sparse``).
+
+    Where the residuals of a subject are correlated (``design.residual``), the subjects count as
+    well: one that spans two levels of a factor couples them, so only factors in which every
+    subject is nested may join the chain.
     """
     codes = {t.group: t.codes for t in design.terms}
     sizes = {t.group: len(t.levels) for t in design.terms}
 
+    subjects = _subjects(design)
+
     def nested(child: str, parent: str) -> bool:
         return _parents(codes[child], sizes[child], codes[parent]) is not None
 
-    def sparse(chain: list[Factor], core: list[Factor]) -> bool:
-        return _prefers_lists(chain, core, codes)
+    def whole(parent: str) -> bool:
+        return all(_parents(s, J, codes[parent]) is not None for s, J in subjects)
 
-    return arrange(design.terms, design.p, nested, sparse, dense)
+    def sparse(chain: list[Factor], core: list[Factor]) -> bool:
+        structured = getattr(design, "residual", None) is not None
+        return not structured and _prefers_lists(chain, core, codes)
+
+    return arrange(design.terms, design.p, nested, sparse, dense, whole)
 
 
 def arrange(
@@ -300,8 +318,12 @@ def arrange(
     nested: Callable[[str, str], bool],
     sparse: Callable[[list[Factor], list[Factor]], bool],
     dense: int = DENSE,
+    whole: Callable[[str], bool] = lambda group: True,
 ) -> Plan:
-    """Plan from the labels of the terms, a test of nesting (child, parent) and one of sparsity."""
+    """Plan from the labels of the terms, a test of nesting (child, parent) and one of sparsity.
+
+    ``whole(group)`` tells whether no residual subject spans two levels of the group.
+    """
     groups: dict[str, list[int]] = {}
     for k, term in enumerate(terms):
         groups.setdefault(term.group, []).append(k)
@@ -314,7 +336,7 @@ def arrange(
     core: list[Factor] = []
     for f in factors:
         small = bool(chain) and f.S * f.J <= dense
-        joins = not small and all(nested(c.group, f.group) for c in chain)
+        joins = not small and whole(f.group) and all(nested(c.group, f.group) for c in chain)
         (chain if joins else core).append(f)
     structures = tuple(covariance(t.cov, len(t.names)) for t in terms)
     layout = Layout(

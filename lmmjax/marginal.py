@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lmmjax.errors import DataError, DesignError
+from lmmjax.residual.covariance import block
 from lmmjax.tables import correlation
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lmmjax.design import Design, Term
+    from lmmjax.design import Design
 
 
 def marginal_cov(
-    design: Design, covs: list[np.ndarray], sigma: float, level: Any, group: str | None
+    design: Design,
+    covs: list[np.ndarray],
+    sigma: float,
+    level: Any,
+    group: str | None,
+    phi: np.ndarray,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """V_i and its correlation for the rows of ``level`` of ``group``; see ``Fit.marginal_cov``."""
     import pandas as pd
@@ -29,7 +36,7 @@ def marginal_cov(
             f"{', '.join(map(str, term.levels[:8]))}{' ...' if len(term.levels) > 8 else ''}."
         )
     rows = np.flatnonzero(term.codes == found[0])
-    V = np.diag(sigma**2 / design.weights[rows])
+    V = sigma**2 * block(design.residual, phi, design.weights, rows)
     for t, cov in zip(design.terms, covs, strict=True):
         same = t.codes[rows, None] == t.codes[rows]
         V = V + np.where(same, t.z[rows] @ cov @ t.z[rows].T, 0.0)
@@ -40,20 +47,30 @@ def marginal_cov(
     )
 
 
-def _nested(inner: Term, outer: Term) -> bool:
+def _nested(inner: Any, outer: Any) -> bool:
     lies_in = np.zeros(len(inner.levels), dtype=outer.codes.dtype)
     lies_in[inner.codes] = outer.codes
     return bool(np.array_equal(lies_in[inner.codes], outer.codes))
 
 
-def _subject_term(design: Design, group: str | None) -> Term:
-    """The term whose levels are the subjects: every other factor must be nested with it."""
-    if not design.terms:
+def _factors(design: Design) -> dict[str, Any]:
+    """Grouping factors of the random effects, then the residual subjects."""
+    known: dict[str, Any] = {t.group: t for t in design.terms}
+    r = design.residual
+    if r is not None and r.correlated:
+        name = r.subject_name or "all rows"
+        known.setdefault(name, SimpleNamespace(group=name, codes=r.subject, levels=r.subjects))
+    return known
+
+
+def _subject_term(design: Design, group: str | None) -> Any:
+    """The factor whose levels are the subjects: every other factor must be nested with it."""
+    known = _factors(design)
+    if not known:
         raise DesignError(
             "the model has no grouping factor, so its rows are independent; expected a model with "
-            "random effects."
+            "random effects or correlated residuals."
         )
-    known = {t.group: t for t in design.terms}
     if group is not None and group not in known:
         raise DataError(f"group={group!r} is not a grouping factor; expected one of {list(known)}.")
     candidates = [known[group]] if group is not None else list(known.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +12,17 @@ import numpy as np
 from lmmjax import buckets, derivatives, gram, start
 from lmmjax import likelihood as lk
 from lmmjax.design import Design, build_design
-from lmmjax.errors import DataError, DesignError, FormulaError
+from lmmjax.errors import DataError, DesignError, FormulaError, LmmError
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import require_float64
+from lmmjax.residual.language import ResidualSpec, parse_residual
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.bayes.posterior import Posterior
     from lmmjax.fit import Fit
+    from lmmjax.residual.source import Source
 
 METHODS = ("ML", "REML")
 
@@ -34,7 +35,7 @@ def check_method(method: str) -> str:
 
 
 class Model:
-    """A linear mixed model y = Xβ + Zb + ε, b ~ N(0, D), ε ~ N(0, σ²W⁻¹), for one data set.
+    """A linear mixed model y = Xβ + Zb + ε, b ~ N(0, D), ε ~ N(0, Σ), for one data set.
 
     Parameters
     ----------
@@ -44,8 +45,9 @@ class Model:
     data : DataFrame
         Any table that narwhals knows (pandas, polars, pyarrow ...). It is not changed.
     residual : str, optional
-        Structure of the residuals: None (independent) or ``"varfixed(v)"``, Var(ε_i) = σ² v_i with
-        ``v`` a column or an expression such as ``1/w``.
+        Structure of the residuals, for example ``"ar1(day | id) * varident(diet)"``; None means
+        independent with equal variances. See :func:`lmmjax.residual.language.parse_residual`.
+        ``"varfixed(v)"`` is Var(ε_i) = σ² v_i, ``v`` a column or an expression such as ``1/w``.
     weights : str or array, shape (rows,), optional
         Precision weights, Var(ε_i) = σ²/w_i; a column name or an array.
     offset : str or array, shape (rows,), optional
@@ -101,10 +103,12 @@ class Model:
         self.formula = formula
         self.residual = residual
         self.dtype = dtype
+        spec = None if residual is None else parse_residual(residual)
         self.design: Design = build_design(
             formula,
             data,
-            weights=_known_variances(residual, weights),
+            residual=spec,
+            weights=_known_variances(spec, weights),
             offset=offset,
             contrasts=contrasts,
             missing=missing,
@@ -165,19 +169,25 @@ class Model:
 
         if dtype not in ("float64", "float32"):
             raise DataError(f"dtype={dtype!r} is unknown; expected 'float64' or 'float32'.")
+        spec = None if residual is None else parse_residual(residual)
+        if spec is not None and spec.structured:
+            raise DesignError(
+                f"residual={residual!r} needs the rows of a subject together; expected None or "
+                '"varfixed(v)" for a table that is streamed. Use Model(formula, data) for it.'
+            )
         model = cls.__new__(cls)
         model.formula, model.residual, model.dtype = formula, residual, dtype
         design, standard = build_streamed(
             formula,
             source,
-            weights=_known_variances(residual, weights),
+            weights=_known_variances(spec, weights),
             offset=offset,
             contrasts=contrasts,
             missing=missing,
             safe=safe,
         )
         model.design = design  # type: ignore[assignment]
-        model.__dict__["_standard"] = standard
+        model.__dict__["_prepared"] = (*standard[:2], standard[2:])
         return model
 
     # -- what it is ---------------------------------------------------------------------------
@@ -213,6 +223,16 @@ class Model:
         return bool(self.design.terms)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether σ is the only variance parameter: an ordinary (or weighted) linear model."""
+        return not self.is_mixed and not self.is_structured
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether residual parameters beside σ are to be estimated."""
+        return self.design.residual is not None
+
+    @property
     def theta_names(self) -> list[str]:
         """Names of θ: lower triangles of the relative factors, terms in formula order (lme4)."""
         names = []
@@ -221,28 +241,51 @@ class Model:
         return names
 
     @property
-    def theta0(self) -> np.ndarray:
-        """The start of the optimisation as θ in the units of the data; shape (n_theta,).
+    def phi_names(self) -> list[str]:
+        """Names of the residual parameters φ; empty for independent residuals."""
+        return self.design.residual.structure.names if self.design.residual is not None else []
 
-        Variances by the method of moments (MINQUE(0)), kept away from 0.
+    @property
+    def theta0(self) -> np.ndarray:
+        """The start of the optimisation as :meth:`deviance` takes it: θ in the units of the data,
+        then the free residual parameters φ, if any; shape (n_theta + n_phi,).
+
+        Variances of the random effects by the method of moments (MINQUE(0)), kept away from 0.
         """
-        return self._theta_public(self._start)
+        theta_s, phi = np.split(self._start, [self._plan.layout.n_theta])
+        return np.concatenate([self._theta_public(theta_s), phi])
 
     # -- the pieces of the likelihood -----------------------------------------------------------
 
     @cached_property
-    def _standard(self) -> tuple[gram.Plan, gram.Units, Gram, Rhs]:
+    def _prepared(self) -> tuple[gram.Plan, gram.Units, tuple[Gram, Rhs] | Source]:
         the_plan = gram.plan(self.design)
         standardised = gram.standardise(self.design)
-        return (
-            the_plan,
-            standardised.units,
-            *gram.crossproducts(self.design, the_plan, standardised),
-        )
+        if self.design.residual is None:
+            products = gram.crossproducts(self.design, the_plan, standardised)
+            return the_plan, standardised.units, products
+        from lmmjax.residual.setup import make_source
+
+        source = make_source(self.design, the_plan, standardised)
+        return the_plan, standardised.units, source
+
+    @property
+    def _standard(self) -> tuple[gram.Plan, gram.Units, Gram, Rhs]:
+        the_plan, units, products = self._prepared
+        if self.design.residual is not None:
+            raise LmmError(
+                f"the residual structure {self.residual} makes the cross-products depend on its "
+                "parameters, and what was asked for expects independent residuals; it is not "
+                "available for this model. Leave out residual=, or use model.fit()."
+            )
+        assert isinstance(products, tuple)
+        return the_plan, units, *products
 
     @cached_property
     def _start(self) -> np.ndarray:
-        """Start in standardised units."""
+        """Start in standardised units: θ, then φ."""
+        if self.is_structured:
+            return np.append(start.identity(self._plan.layout), self._source().start())
         return start.moments(self._plan.layout, *self._standard[2:])
 
     @cached_property
@@ -264,27 +307,37 @@ class Model:
 
     @property
     def _plan(self) -> gram.Plan:
-        return self._standard[0]
+        return self._prepared[0]
 
     @property
     def _units(self) -> gram.Units:
-        return self._standard[1]
+        return self._prepared[1]
+
+    def _cast(self, arrays: Any) -> Any:
+        """Arrays in the model's precision (integers stay integers)."""
+        if self.dtype == "float64":
+            return arrays
+        cast = lambda a: a.astype(np.float32) if a.dtype == np.float64 else a  # noqa: E731
+        return jax.tree.map(cast, arrays)
 
     def _arrays(self) -> tuple[Gram, Rhs]:
-        """Cross-products in the model's precision (parents stay integers)."""
-        _, _, the_gram, rhs = self._standard
-        if self.dtype == "float64":
-            return the_gram, rhs
-        cast = lambda a: a.astype(np.float32) if a.dtype == np.float64 else a  # noqa: E731
-        return jax.tree.map(cast, (the_gram, rhs))
+        """Constant cross-products in the model's precision."""
+        return self._cast(self._standard[2:])
 
-    def _theta_public(self, theta_s: np.ndarray) -> np.ndarray:
-        """θ of the standardised problem -> θ in the units of the data."""
+    def _source(self) -> Source:
+        """Cross-products that depend on φ, in the model's precision."""
+        return self._cast(self._prepared[2])
+
+    def _theta_public(self, theta_s: np.ndarray, sd: float = 1.0) -> np.ndarray:
+        """θ of the standardised problem -> θ in the units of the data, relative to σ.
+
+        ``sd`` is S of the row that σ refers to, where the residual variances are unequal.
+        """
         pieces = []
         for lam, B, s in zip(
             self._factors(theta_s), self._units.B, self._plan.layout.structures, strict=True
         ):
-            pieces.append(s.from_factor(B @ lam))
+            pieces.append(s.from_factor(B @ lam / sd))
         return np.concatenate([np.zeros(0), *pieces])
 
     def _theta_standard(self, theta: np.ndarray) -> np.ndarray:
@@ -307,9 +360,10 @@ class Model:
 
         Parameters
         ----------
-        theta : array, shape (n_theta,)
+        theta : array, shape (n_theta + n_phi,)
             As ``Fit.theta``: relative to σ, in the units of the data, terms in formula order, each
-            the lower triangle of Λ column by column.
+            the lower triangle of Λ column by column. Behind it, for structured residuals, their
+            free parameters as ``Fit.phi`` (unconstrained, in the order of ``phi_names``).
         method : {"REML", "ML"}
 
         Raises
@@ -326,15 +380,21 @@ class Model:
             require_float64("Model.deviance")
         theta = jnp.asarray(theta, self.dtype)
         layout = self._plan.layout
-        if theta.shape != (layout.n_theta,):
+        names = [*self.theta_names, *self.phi_names]
+        if theta.shape != (len(names),):
             raise DataError(
-                f"theta has shape {theta.shape}; expected ({layout.n_theta},), "
-                f"one value for each of {self.theta_names}."
+                f"theta has shape {theta.shape}; expected ({len(names)},), "
+                f"one value for each of {names}."
             )
-        the_gram, rhs = self._arrays()
-        undo = [np.linalg.inv(B).astype(self.dtype) for B in self._units.B]
-        value = derivatives.profiled(layout, method, theta, the_gram, rhs, undo)
-        return value + self._units.constant(method)
+        undo: list[Any] = [np.linalg.inv(B).astype(self.dtype) for B in self._units.B]
+        if self.design.residual is None:
+            value = derivatives.profiled(layout, method, theta, *self._arrays(), undo)
+            return value + self._units.constant(method)
+        theta, phi = theta[: layout.n_theta], theta[layout.n_theta :]
+        s = self.design.residual.structure
+        undo = [B * s.variances.reference(phi[s.n_corr :]) for B in undo]
+        red = lk.reduce(layout, theta, *self._source().gram(phi), undo)
+        return lk.deviance(red, method) + self._units.constant(method)
 
     # -- what to do with it ---------------------------------------------------------------------
 
@@ -395,7 +455,14 @@ class Model:
         return build(self, form=form, priors=priors)
 
     def simulate(
-        self, *, beta: Any = None, theta: Any = None, sigma: float, seed: int = 0, n: int = 1
+        self,
+        *,
+        beta: Any = None,
+        theta: Any = None,
+        sigma: float,
+        phi: Any = None,
+        seed: int = 0,
+        n: int = 1,
     ) -> pd.DataFrame:
         """Simulate responses on this design.
 
@@ -407,6 +474,8 @@ class Model:
             Relative covariance parameters; zeros by default (no random effects).
         sigma : float
             Residual standard deviation.
+        phi : array (n_phi,), optional
+            Free residual parameters as ``Fit.phi``; the start of the optimiser by default.
         seed, n : int
             Seed, and number of responses.
 
@@ -420,7 +489,11 @@ class Model:
         layout = self._plan.layout
         beta = np.zeros(self.design.p) if beta is None else np.asarray(beta, float)
         theta = np.zeros(layout.n_theta) if theta is None else np.asarray(theta, float)
-        return simulate(self.design, beta, self._factors(theta), float(sigma), n=n, seed=seed)
+        if phi is None and self.design.residual is not None:
+            phi = self.design.residual.structure.start()
+        return simulate(
+            self.design, beta, self._factors(theta), float(sigma), n=n, seed=seed, phi=phi
+        )
 
     # -- people ---------------------------------------------------------------------------------
 
@@ -435,23 +508,14 @@ class Model:
         return preformatted(repr(self))
 
 
-_VARFIXED = re.compile(r"^\s*varfixed\s*\((?P<expr>.*)\)\s*$", re.DOTALL)
-
-
-def _known_variances(residual: str | None, weights: Any) -> Any:
+def _known_variances(spec: ResidualSpec | None, weights: Any) -> Any:
     """Weights of the model; ``varfixed(v)`` is weights 1/v, and both at once is an error."""
-    if residual is None:
+    known = None if spec is None else spec.weights()
+    if known is None:
         return weights
-    match = _VARFIXED.match(residual)
-    if match is None:
-        raise FormulaError(
-            f"residual={residual!r} is not supported; expected None (independent errors) or "
-            '"varfixed(v)" for known variances. Correlated errors of a group can be modelled by '
-            "random effects."
-        )
     if weights is not None:
         raise DesignError(
-            f"both weights= and residual={residual!r} were given; each states the known variances "
-            "(weights = 1/v). Give one of them."
+            f"both weights= and varfixed in residual={spec.text!r} were given; each states the "  # type: ignore[union-attr]
+            "known variances (weights = 1/v). Give one of them."
         )
-    return f"1/({match['expr'].strip()})"
+    return known

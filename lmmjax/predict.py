@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lmmjax.design import NewDesign, NewTerm
 from lmmjax.errors import DataError
 from lmmjax.gram import Rhs
 from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
-    from lmmjax.design import NewDesign
     from lmmjax.fit import Fit
+    from lmmjax.residual.new import Known
 
 #: rows per compiled call of the prediction variance: bounds its memory
 CHUNK = 256
@@ -31,17 +32,21 @@ def predict(
     import pandas as pd
 
     _check(kind, interval, new_levels)
-    new = _new_design(fit, newdata, kind == "conditional" or interval == "prediction", offset)
-    if kind == "conditional" and new_levels == "raise":
+    new = _new_design(fit, newdata, kind != "population" or interval == "prediction", offset)
+    if kind != "population" and new_levels == "raise":
         _refuse_new_levels(fit, new)
     mean = new.X @ fit._beta + new.offset
-    if kind == "conditional":
+    known = _known(fit, newdata, kind)
+    if kind != "population":
         for (z, codes, _), b in zip(new.terms, fit._term_effects(), strict=True):
-            known = codes >= 0
-            mean[known] += np.einsum("is,is->i", z[known], b[codes[known]])
+            seen = codes >= 0
+            mean[seen] += np.einsum("is,is->i", z[seen], b[codes[seen]])
+    if known:
+        residuals = fit.residuals().to_numpy()
+        mean += np.array([k.weights @ residuals[k.rows] for k in known])
     if interval is None:
         return pd.Series(mean, index=new.rows, name="prediction")
-    se = np.sqrt(_variance(fit, new, kind, interval))
+    se = np.sqrt(_variance(fit, new, kind, interval, known, _residual_sd(fit, newdata)))
     half = _quantile(fit, check_level(level)) * se
     columns = {"estimate": mean, "std_error": se, "low": mean - half, "high": mean + half}
     return pd.DataFrame(columns, index=new.rows)
@@ -49,7 +54,7 @@ def predict(
 
 def _check(kind: str, interval: str | None, new_levels: str) -> None:
     for name, value, allowed in (
-        ("kind", kind, ("conditional", "population")),
+        ("kind", kind, ("conditional", "population", "next")),
         ("interval", interval, (None, "confidence", "prediction")),
         ("new_levels", new_levels, ("raise", "population")),
     ):
@@ -58,8 +63,6 @@ def _check(kind: str, interval: str | None, new_levels: str) -> None:
 
 
 def _new_design(fit: Fit, newdata: Any, random: bool, offset: Any) -> NewDesign:
-    from lmmjax.design import NewDesign, NewTerm
-
     design = fit.model.design
     if newdata is not None:
         return design.spec.new(newdata, random=random and bool(design.terms), offset=offset)
@@ -81,31 +84,90 @@ def _refuse_new_levels(fit: Fit, new: NewDesign) -> None:
 def _quantile(fit: Fit, level: float) -> float:
     from scipy import stats
 
-    df = np.inf if fit.model.is_mixed else fit.n_obs - len(fit._beta)
+    df = np.inf if not fit.model.is_linear else fit.n_obs - len(fit._beta)
     return float(stats.t.ppf(0.5 + level / 2, df))
 
 
-def _variance(fit: Fit, new: NewDesign, kind: str, interval: str) -> np.ndarray:
+def _known(fit: Fit, newdata: Any, kind: str) -> list[Known]:
+    """What the subjects' rows tell of the residuals of new rows, for ``kind="next"``."""
+    if kind != "next":
+        return []
+    if not fit.model.is_structured or newdata is None:
+        raise DataError(
+            "kind='next' predicts new rows from the correlation of residuals; expected newdata and "
+            "a model with a residual structure such as residual='ar1(time | id)'. Use "
+            "kind='conditional'."
+        )
+    from lmmjax.residual.new import encode, known_residuals
+
+    return known_residuals(fit, encode(fit, newdata))
+
+
+def _residual_sd(fit: Fit, newdata: Any) -> np.ndarray | float:
+    """Residual SD of each row relative to σ; new rows have weight 1."""
+    if not fit.model.is_structured:
+        return 1.0
+    from lmmjax.residual.covariance import relative_sd
+    from lmmjax.residual.new import encode
+
+    if newdata is None:
+        design = fit.model.design
+        return relative_sd(design.residual, fit.phi, np.ones(design.n))
+    return encode(fit, newdata).sd
+
+
+def _variance(
+    fit: Fit,
+    new: NewDesign,
+    kind: str,
+    interval: str,
+    known: list[Known],
+    sd: np.ndarray | float,
+) -> np.ndarray:
     """Variance of the prediction error, in the units of y squared."""
     covs = fit._term_covs()
     if kind == "population":
         var = np.einsum("ia,ab,ib->i", new.X, fit.vcov().to_numpy(), new.X)
         unknown = [np.ones(len(var), bool)] * len(covs) if interval == "prediction" else []
     else:
-        var = fit.sigma**2 * _error_variance(fit, new)
+        var = fit.sigma**2 * _error_variance(fit, new, known)
         unknown = [codes < 0 for _, codes, _ in new.terms]
     for (z, _, _), cov, rows in zip(new.terms, covs, unknown, strict=False):
         var = var + np.where(rows, np.einsum("is,st,it->i", z, cov, z), 0.0)
-    return var + (fit.sigma**2 if interval == "prediction" else 0.0)
+    left = np.array([k.variance for k in known]) if known else np.square(sd)
+    return var + (fit.sigma**2 * left if interval == "prediction" else 0.0)
 
 
-def _error_variance(fit: Fit, new: NewDesign) -> np.ndarray:
-    """Var(x'(β̂ - β) + z'(b̂ - b)) / σ² per row; levels not seen contribute nothing here."""
-    out = [
-        fit._prediction_variance(_rows(fit, new, slice(i, i + CHUNK)))
-        for i in range(0, len(new.X), CHUNK)
-    ]
+def _error_variance(fit: Fit, new: NewDesign, known: list[Known]) -> np.ndarray:
+    """Var(x'(β̂ - β) + z'(b̂ - b)) / σ² per row; levels not seen contribute nothing here.
+
+    Where the residuals of other rows are used with weights w, x is x - w'X of them, and z alike.
+    """
+    out = []
+    for i in range(0, len(new.X), CHUNK):
+        rows = _rows(fit, new, slice(i, i + CHUNK))
+        if known:
+            rows = _less(fit, rows, known[i : i + CHUNK])
+        out.append(fit._prediction_variance(rows))
     return np.maximum(np.concatenate([np.zeros(0), *out]), 0.0)
+
+
+def _less(fit: Fit, rows: Rhs, known: list[Known]) -> Rhs:
+    """Rows less the weighted rows of training whose residuals are used."""
+    import jax
+
+    old = _new_design(fit, None, True, None)
+    taken = []
+    for k in known:
+        part = NewDesign(
+            X=old.X[k.rows],
+            offset=old.offset[k.rows],
+            terms=tuple(type(t)(*(a[k.rows] for a in t)) for t in old.terms),
+            rows=old.rows[k.rows],
+        )
+        every = _rows(fit, part, slice(None))
+        taken.append(jax.tree.map(lambda a, w=k.weights: np.tensordot(w, a, 1), every))
+    return jax.tree.map(lambda a, *b: a - np.stack(b), rows, *taken)
 
 
 def _rows(fit: Fit, new: NewDesign, part: slice) -> Rhs:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmmjax.errors import DataError
+from lmmjax.residual.covariance import correlate, relative_sd
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    design: Design, beta: np.ndarray, lams: list[np.ndarray], sigma: float, *, n: int, seed: int
+    design: Design,
+    beta: np.ndarray,
+    lams: list[np.ndarray],
+    sigma: float,
+    *,
+    n: int,
+    seed: int,
+    phi: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Simulate ``n`` responses y = Xβ + offset + Zb + ε with new b and ε each.
 
@@ -27,6 +35,8 @@ def simulate(
     sigma : float
         Residual SD; a row of weight w has residual SD σ/√w.
     n, seed : int
+    phi : array (n_phi,), optional
+        Free residual parameters of a structured model (``Fit.phi``).
 
     Returns
     -------
@@ -45,10 +55,12 @@ def simulate(
         )
     rng = np.random.default_rng(seed)
     mean = design.X @ beta + design.offset
-    sd = sigma / np.sqrt(design.weights)
+    phi = np.zeros(0) if phi is None else phi
+    sd = sigma * relative_sd(design.residual, phi, design.weights)
+    coloured = correlate(design.residual, phi)
     out = np.empty((n, design.n))
     for i in range(n):
-        out[i] = mean + sd * rng.standard_normal(design.n)
+        out[i] = mean + sd * coloured(rng.standard_normal(design.n))
         for term, lam in zip(design.terms, lams, strict=True):
             b = sigma * rng.standard_normal((len(term.levels), lam.shape[0])) @ lam.T
             out[i] += np.einsum("is,is->i", term.z, b[term.codes])

@@ -13,6 +13,8 @@ from lmmjax.errors import DataError, DesignError
 from lmmjax.evaluate import Evaluator, Factor, Logical, Matrix, is_missing
 from lmmjax.expr import Call, Name, Node, deparse, names_in, parse_expr
 from lmmjax.formula import Bar, ParsedFormula, expand
+from lmmjax.residual.frame import evaluate_residual
+from lmmjax.residual.language import ResidualSpec
 from lmmjax.table import Table
 
 
@@ -34,6 +36,7 @@ class Variables:
     states: dict[str, Any]
     missing: dict[str, int] = field(default_factory=dict)
     n_dropped: int = 0
+    residual: dict[str, Any] = field(default_factory=dict)
 
     def take(self, keep: tuple[np.ndarray | None, dict[str, int]]) -> Variables:
         """Keep the complete rows and drop unused levels."""
@@ -48,6 +51,7 @@ class Variables:
             weights=_take(self.weights, mask),
             columns=self.columns if mask is None else {k: c[mask] for k, c in self.columns.items()},
             missing=missing,
+            residual={name: _take(value, mask) for name, value in self.residual.items()},
             n_dropped=0 if mask is None else int(mask.size - mask.sum()),
         )
 
@@ -63,14 +67,20 @@ def _take(value: Any, mask: np.ndarray | None) -> Any:
 
 
 def evaluate(
-    parsed: ParsedFormula, table: Table, weights: Any, offset: Any, safe: bool
+    parsed: ParsedFormula,
+    table: Table,
+    weights: Any,
+    offset: Any,
+    safe: bool,
+    residual: ResidualSpec | None = None,
 ) -> Variables:
     """Evaluate all variables of a formula on a training table, learning their states."""
     w_source = side_source(weights, "weights", table.names)
     o_source = side_source(offset, "offset", table.names)
     columns = table.read(all_nodes(parsed, w_source, o_source))
-    ev = Evaluator(columns, len(table), {}, learn=True, safe=safe)
-    return variables(parsed, ev, table.rows, w_source, o_source)
+    beside = table.read(residual.nodes) if residual is not None else {}
+    ev = Evaluator(columns | beside, len(table), {}, learn=True, safe=safe)
+    return variables(parsed, ev, table.rows, w_source, o_source, residual)
 
 
 def all_nodes(parsed: ParsedFormula, w_source: Any, o_source: Any) -> list[Node]:
@@ -78,11 +88,17 @@ def all_nodes(parsed: ParsedFormula, w_source: Any, o_source: Any) -> list[Node]
     bars = [(bar, expand(bar.expr, parsed.text)) for bar in parsed.bars]
     random = [node for bar, terms in bars for node in (*terms.nodes, *bar.factors)]
     nodes = [parsed.response_node, *parsed.terms.nodes, *parsed.offset_nodes, *random]
-    return nodes + [source for source in (w_source, o_source) if isinstance(source, Name | Call)]
+    nodes += [source for source in (w_source, o_source) if isinstance(source, Name | Call)]
+    return nodes
 
 
 def variables(
-    parsed: ParsedFormula, ev: Evaluator, rows: pd.Index, w_source: Any, o_source: Any
+    parsed: ParsedFormula,
+    ev: Evaluator,
+    rows: pd.Index,
+    w_source: Any,
+    o_source: Any,
+    residual: ResidualSpec | None = None,
 ) -> Variables:
     """Evaluate all variables of a formula on the columns of an evaluator."""
     values = {deparse(node): ev.variable(node) for node in parsed.terms.nodes}
@@ -105,6 +121,7 @@ def variables(
         columns=ev.columns,
         raw_fixed=tuple(columns_of(parsed.terms.nodes, ev.columns)),
         states=ev.states,
+        residual=evaluate_residual(residual, ev),
     )
 
 

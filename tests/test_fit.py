@@ -488,5 +488,5 @@ def test_residual_structures(sleep: pd.DataFrame) -> None:
     assert c.loglik == pytest.approx(b.loglik, abs=1e-9)
     with pytest.raises(lmm.DesignError, match="both weights= and residual="):
         lmm.Model("Reaction ~ Days + (1 | Subject)", data, residual="varfixed(v)", weights="w")
-    with pytest.raises(lmm.FormulaError, match="not supported"):
-        lmm.Model("Reaction ~ Days + (1 | Subject)", data, residual="ar1(1 | Subject)")
+    with pytest.raises(lmm.FormulaError, match="expected one of cs"):
+        lmm.Model("Reaction ~ Days + (1 | Subject)", data, residual="arx(1 | Subject)")

@@ -346,7 +346,7 @@ def test_large_core_is_fitted_by_average_information(monkeypatch: pytest.MonkeyP
 def test_inverse_by_halves() -> None:
     A = np.random.default_rng(0).normal(size=(70, 70))
     A = A @ A.T + np.eye(70)
-    inverse = derivatives.inverse_from_cholesky(jnp.linalg.cholesky(A), block=9)
+    inverse = lk.inverse_from_cholesky(jnp.linalg.cholesky(A), block=9)
     np.testing.assert_allclose(inverse @ A, np.eye(70), atol=1e-10)
 
 

@@ -125,6 +125,7 @@ class Data(NamedTuple):
     sd_size: tuple[Any, ...]  # per group: a size for each free SD
     gram: Gram | None = None
     rhs: Rhs | None = None
+    source: Any = None  # cross-products that depend on the residual parameters
     X: Any = None
     y: Any = None
     offset: Any = None
@@ -138,6 +139,11 @@ def describe(model: Model, form: str, priors: Priors) -> Spec:
     if form not in FORMS:
         raise LmmError(f"form={form!r} is unknown; expected one of {', '.join(map(repr, FORMS))}.")
     design = model.design
+    if model.is_structured and form != "marginal":
+        raise LmmError(
+            f"found form={form!r} and the residual structure {model.residual}; expected "
+            "form='marginal', in which correlated residuals are exact."
+        )
     gaussian = all(
         is_flat(d) or type(d) is dist.Normal for d in (priors.entries[k] for k in design.x_names)
     )
@@ -182,7 +188,9 @@ def arrays(model: Model, spec: Spec) -> Data:
         sizes.append(diagonal[[g.free.index(i) for i in range(g.n_free)]])
     undo = tuple(np.linalg.inv(B) for B in units.B)
     data = Data(units.A, units.beta0, np.float64(units.scale), units.B, undo, tuple(sizes))
-    if spec.form == "marginal":
+    if spec.form == "marginal" and model.is_structured:
+        data = data._replace(source=model._source())
+    elif spec.form == "marginal":
         the_gram, rhs = model._arrays()
         data = data._replace(gram=the_gram, rhs=rhs)
     else:
@@ -257,10 +265,11 @@ def _pairs(chols: list[Array | None]) -> Array:
 
 
 class Variances(NamedTuple):
-    """What the covariance sites give: σ, and the factor of D per term."""
+    """What the covariance sites give: σ, the factor of D per term, free residual parameters."""
 
     sigma: Array
     factors: list[Array]
+    phi: Array | None = None
 
 
 def _variances(spec: Spec, data: Data, prior: Sites) -> Variances:
@@ -270,7 +279,19 @@ def _variances(spec: Spec, data: Data, prior: Sites) -> Variances:
     for i, g in enumerate(spec.groups):
         sds.append(_sample_sds(g, prior.sd[i], data.sd_size[i]))
         chols.append(_sample_correlations(g, prior.concentration[i]))
-    return Variances(sigma, term_factors(spec, sds, chols))
+    return Variances(sigma, term_factors(spec, sds, chols), _sample_residual(data))
+
+
+def _sample_residual(data: Data) -> Array | None:
+    """Free residual parameters, and the reported ones by name."""
+    if data.source is None:
+        return None
+    s = data.source.structure
+    scales = jnp.asarray(s.prior_scales(), data.A.dtype)
+    phi = numpyro.sample("residual_free", dist.Normal(jnp.zeros_like(scales), scales).to_event(1))
+    for name, value in zip(s.names, s.natural(phi), strict=True):
+        numpyro.deterministic(name, value)
+    return phi
 
 
 def variances_of(spec: Spec, values: dict[str, Array]) -> Variances:
@@ -324,10 +345,14 @@ def gaussian_beta(data: Data, prior: Sites) -> GaussianBeta:
 
 def reduction(spec: Spec, data: Data, v: Variances) -> tuple[lk.Reduction, Array]:
     """The factorisation at these variances, and σ² in the units of the Gram."""
-    lams = [u @ lam / v.sigma for u, lam in zip(data.undo, v.factors, strict=True)]
-    assert data.gram is not None and data.rhs is not None, "the marginal form has cross-products"
-    red = lk.reduce_factors(spec.layout, lams, data.gram, data.rhs)
-    return red, (v.sigma / data.scale) ** 2
+    sigma, gram, rhs = v.sigma, data.gram, data.rhs
+    if data.source is not None:
+        s = data.source.structure
+        gram, rhs = data.source.gram(v.phi)
+        sigma = sigma / s.variances.reference(v.phi[s.n_corr :])  # type: ignore[index]
+    lams = [u @ lam / sigma for u, lam in zip(data.undo, v.factors, strict=True)]
+    assert gram is not None and rhs is not None, "the marginal form has cross-products"
+    return lk.reduce_factors(spec.layout, lams, gram, rhs), (sigma / data.scale) ** 2
 
 
 def marginal(spec: Spec, data: Data, prior: Sites) -> None:

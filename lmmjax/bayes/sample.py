@@ -122,6 +122,12 @@ def _probability(target_accept: float) -> float:
 
 
 def _check_names(model: Model) -> None:
+    if model.is_structured:
+        raise LmmError(
+            f"found the residual structure {model.residual}, with which sample() does not work "
+            "yet; expected independent residuals. Use model.fit(), or give "
+            "model.numpyro_model(form='marginal') to numpyro.infer.MCMC."
+        )
     for group in model.groups:
         if group in RESERVED:
             raise DataError(

@@ -71,9 +71,10 @@ def _columns(design: Design, label: str) -> np.ndarray:
 
 def _root(fit: Fit) -> np.ndarray:
     """A (p, p) matrix with the cross-products of X: X'WX for linear models, else X'X."""
-    design, (_, units, gram, _) = fit.model.design, fit.model._standard
-    if design.has_weights and fit.model.is_mixed:
+    design = fit.model.design
+    if fit.model.is_structured or (design.has_weights and fit.model.is_mixed):
         return triangle(design.X)
+    _, units, gram, _ = fit.model._standard
     d = fit.model._plan.layout.d
     return np.linalg.cholesky(np.asarray(gram.core)[d:, d:]).T @ np.linalg.inv(units.A)
 

@@ -156,8 +156,10 @@ def method(
     name = check_df(fit.df if df is None else df, fit.method)
     information = check_information(fit.information if information is None else information)
     V = fit.sigma**2 * fit._unscaled_vcov
-    if not fit.model.is_mixed and name != "wald":
+    if fit.model.is_linear and name != "wald":
         name = "residual"  # V = σ²R has one parameter: every method gives n - p
+    if name in ("kenward-roger", "containment"):
+        refuse_structured(fit, f"df={name!r}")
     if name == "kenward-roger":
         return _kenward_roger(fit, information, second_order)
     if name == "satterthwaite":
@@ -172,6 +174,16 @@ def method(
         return _by_column(fit, V)
     value = np.inf if name == "wald" else float(fit.n_obs - len(fit._beta))
     return Method(name, fit._beta, V, lambda L: np.full(len(L), value), lambda L: (value, 1.0))
+
+
+def refuse_structured(fit: Fit, what: str) -> None:
+    """Refuse what is derived for independent residuals only."""
+    if fit.model.is_structured:
+        raise LmmError(
+            f"{what} is not available with the residual structure {fit.model.residual}; expected "
+            "independent residuals. Use df='satterthwaite', which carries the uncertainty of the "
+            "residual parameters."
+        )
 
 
 def _kenward_roger(fit: Fit, information: str, second_order: bool) -> Method:

@@ -438,10 +438,16 @@ class InferenceMethods:
     @in_float64
     def _vcov_derivative(self) -> tuple[np.ndarray, np.ndarray]:
         fit = self._fit
-        the_gram, rhs = fit.model._on_device
-        V, dV = estimate.vcov_and_derivative(
-            fit.model._plan.layout, fit.method, jnp.asarray(fit._theta_s), the_gram, rhs
-        )
+        layout = fit.model._plan.layout
+        if fit.model.is_structured:
+            from lmmjax.residual import program
+
+            free = jnp.asarray(np.concatenate([fit._theta_s, fit.phi]))
+            V, dV = program.vcov_and_derivative(layout, fit.method, free, fit.model._prepared[2])
+        else:
+            V, dV = estimate.vcov_and_derivative(
+                layout, fit.method, jnp.asarray(fit._theta_s), *fit._products
+            )
         units = fit.model._units
         back = units.scale * units.A
         return back @ np.asarray(V) @ back.T, np.einsum(
@@ -458,7 +464,7 @@ class InferenceMethods:
     def _tables(self, d: Directions, E: list[np.ndarray]) -> Tables:
         """Derivatives along ``E``; see information.py."""
         fit = self._fit
-        the_gram, rhs = fit.model._on_device
+        the_gram, rhs = fit._products
         theta = jnp.asarray(fit._theta_s)
         found = tables(fit.model._plan.layout, theta, the_gram, rhs, d.sigmas, E)
         return jax.tree.map(np.asarray, found)
@@ -467,6 +473,7 @@ class InferenceMethods:
     def _variance_tables(self) -> tuple[kr.Extended, Directions, float]:
         """Tables for (V, ω), the directions, and σ̂², all in standardised units."""
         fit = self._fit
+        hypothesis.refuse_structured(fit, "a table of derivatives in the variances")
         model = fit.model
         d = directions(model._plan.layout, model._factors(fit._theta_s))
         sigma2 = (fit.sigma / model._units.scale) ** 2

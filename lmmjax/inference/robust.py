@@ -23,6 +23,7 @@ import numpy as np
 
 from lmmjax.errors import DataError, DesignError, LmmError
 from lmmjax.gram import LevelSums
+from lmmjax.inference.hypothesis import refuse_structured
 
 if TYPE_CHECKING:
     from lmmjax.design import Design
@@ -72,6 +73,7 @@ def sandwich(fit: Fit, group: Any = None, correction: str = "CR2") -> Sandwich:
     """
     if correction not in CORRECTIONS:
         raise LmmError(f"correction={correction!r} is unknown; expected one of {CORRECTIONS}.")
+    refuse_structured(fit, "a robust covariance")
     design = fit.model.design
     codes, m = clusters(design, group)
     if m < 2:

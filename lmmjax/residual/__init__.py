@@ -1,0 +1,1 @@
+"""Structured residual covariance: the language, the structures, and cross-products from them."""

@@ -1,0 +1,100 @@
+"""Residual parameters as the field reports them, with Wald intervals on a transformed scale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmmjax.precision import in_float64
+from lmmjax.tables import check_level
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lmmjax.fit import Fit
+
+
+@in_float64
+def natural(fit: Fit) -> np.ndarray:
+    """Reported residual parameters in the order of ``Model.phi_names``."""
+    residual = fit.model.design.residual
+    assert residual is not None
+    return np.asarray(residual.structure.natural(jnp.asarray(fit.phi)))
+
+
+@in_float64
+def wald(fit: Fit, level: float = 0.95) -> pd.DataFrame:
+    """Wald intervals of the residual parameters.
+
+    The covariance of (θ, φ) is twice the inverse Hessian of the profiled deviance. Intervals are
+    made where the parameters are unbounded (Fisher z for correlations, log for ratios and ranges,
+    logit for the nugget and for φ of car1, the identity for delta) and transformed back, so they
+    stay in range.
+
+    Returns
+    -------
+    DataFrame
+        Index ``Model.phi_names``, columns ``estimate std_error low high``.
+
+    Notes
+    -----
+    At a boundary of θ the Hessian is that of the active face only as far as it is regular:
+    directions that the criterion does not determine give infinite intervals.
+    """
+    import pandas as pd
+    from scipy import stats
+
+    names, residual = fit.model.phi_names, fit.model.design.residual
+    columns = ["estimate", "std_error", "low", "high"]
+    if residual is None:
+        return pd.DataFrame(columns=columns, dtype=float)
+    structure, phi = residual.structure, jnp.asarray(fit.phi)
+    value, slope = (
+        np.asarray(structure.natural(phi)),
+        np.asarray(jax.jacfwd(structure.natural)(phi)),
+    )
+    se = np.sqrt(np.einsum("ik,kl,il->i", slope, _covariance(fit), slope))
+    half = stats.norm.ppf(0.5 + check_level(level) / 2) * se
+    low, high = np.empty((2, len(names)))
+    for i, name in enumerate(names):
+        low[i], high[i] = _back(_chart(name, fit), value[i], half[i])
+    table = np.column_stack([value, se, low, high])
+    return pd.DataFrame(table, index=names, columns=columns)
+
+
+def _covariance(fit: Fit) -> np.ndarray:
+    """Cov(φ̂), its part of twice the inverse Hessian in (θ, φ)."""
+    e, Q = np.linalg.eigh(fit._hessian_s)
+    known = e > 1e-8 * max(1.0, float(np.max(e)))
+    inverse = (Q[:, known] / e[known]) @ Q[:, known].T
+    return 2 * inverse[len(fit._theta_s) :, len(fit._theta_s) :]
+
+
+def _chart(name: str, fit: Fit) -> str:
+    if name.startswith(("sd_ratio", "range")):
+        return "log"
+    residual = fit.model.design.residual
+    correlation = None if residual is None else residual.spec.correlation
+    spatial = correlation is not None and correlation.family in ("car1", "sppow")
+    if name == "nugget" or (spatial and name in ("phi", "rho")):
+        return "logit"
+    return "identity" if name.startswith("delta") else "fisher"
+
+
+def _back(chart: str, value: float, half: float) -> tuple[float, float]:
+    """value ± half as an interval made in the chart, by the delta method."""
+    if chart == "identity":
+        return value - half, value + half
+    if chart == "log":
+        return value * np.exp(-half / value), value * np.exp(half / value)
+    if chart == "logit":
+        z, h = np.log(value / (1 - value)), half / (value * (1 - value))
+        return 1 / (1 + np.exp(h - z)), 1 / (1 + np.exp(-h - z))
+    inside = min(max(value, -1 + 1e-12), 1 - 1e-12)  # φ and θ of higher orders may leave (-1, 1)
+    if abs(value) >= 1:
+        return value - half, value + half
+    z, h = np.arctanh(inside), half / (1 - inside**2)
+    return float(np.tanh(z - h)), float(np.tanh(z + h))

@@ -1,0 +1,187 @@
+"""Residuals of new rows: their variances, and what is known of them from their subject's rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lmmjax.errors import DataError
+from lmmjax.evaluate import Evaluator, Factor, is_missing
+from lmmjax.expr import deparse
+from lmmjax.precision import in_float64
+from lmmjax.residual.covariance import block, relative_sd
+from lmmjax.residual.frame import Residuals, evaluate_residual
+from lmmjax.residual.structures import ARMA, Autoregressive, Family, Toeplitz
+from lmmjax.table import Table
+
+if TYPE_CHECKING:
+    from lmmjax.fit import Fit
+
+
+class NewRows(NamedTuple):
+    """Residual subject (-1: not in training), position and S / reference of new rows."""
+
+    subject: np.ndarray  # (m,)
+    pos: np.ndarray  # (m, dim)
+    sd: np.ndarray  # (m,)
+
+
+def encode(fit: Fit, newdata: Any) -> NewRows:
+    """Evaluate the residual structure's variables on new data, coded as in training.
+
+    Raises
+    ------
+    DataError
+        A variable is missing, a level of varident or a position on the grid was not in training.
+    """
+    r = fit.model.design.residual
+    assert r is not None
+    table = Table(newdata, "newdata")
+    columns = table.read(r.spec.nodes)
+    spec = fit.model.design.spec
+    ev = Evaluator(columns, len(table), spec.states, learn=False, safe=spec.safe)
+    values = evaluate_residual(r.spec, ev)
+    for name, value in values.items():
+        if np.any(is_missing(value)):
+            raise DataError(
+                f"found missing values of {name.strip('|') or 'the subject'} in newdata."
+            )
+    m = len(table)
+    subject = np.arange(m) - m - 1 if not r.correlated else _subject(r, values, m)
+    pos, place = _positions(r, values, subject, m)
+    v = fit.phi[r.structure.n_corr :]
+    log_s = _design(r, values, place, m) @ v - np.asarray(r.structure.variances.shifts, float) @ v
+    return NewRows(subject, pos, np.exp(log_s))
+
+
+def _subject(r: Residuals, values: dict[str, Any], m: int) -> np.ndarray:
+    if "|" not in values:
+        return np.zeros(m, int)
+    return _place(values["|"], r.subjects)
+
+
+def _place(factor: Factor, levels: Any) -> np.ndarray:
+    """Codes among known levels, -1 where unknown."""
+    known = {str(x): k for k, x in enumerate(levels)}
+    return np.array([known.get(str(factor.levels[c]), -1) for c in factor.codes], int)
+
+
+def _positions(
+    r: Residuals, values: dict[str, Any], subject: np.ndarray, m: int
+) -> tuple[np.ndarray, np.ndarray]:
+    c = r.spec.correlation
+    if c is None:
+        return np.zeros((m, 1)), np.zeros(m, int)
+    if not c.positions:
+        place = _next_places(r, subject)
+        if c.heterogeneous or c.family in ("un", "ad", "toep"):
+            _refuse_unknown(place >= len(r.grid), c.name)
+        return place[:, None].astype(float), place
+    given = [values[deparse(node)] for node in c.positions]
+    if c.family.startswith("sp") or c.family == "car1":
+        return np.column_stack([np.asarray(getattr(v, "values", v), float) for v in given]), (
+            np.zeros(m, int)
+        )
+    place = np.zeros(m, int)
+    if r.grid and (c.heterogeneous or c.family in ("un", "ad") or isinstance(given[0], Factor)):
+        from lmmjax.evaluate import to_factor
+
+        place = _place(to_factor(given[0]), r.grid)
+        _refuse_unknown(place < 0, c.name)
+    if isinstance(given[0], Factor) or c.family in ("un", "ad", "cs"):
+        return place[:, None].astype(float), place
+    return ((np.asarray(given[0], float) - r.origin) / r.step)[:, None], place
+
+
+def _next_places(r: Residuals, subject: np.ndarray) -> np.ndarray:
+    """With the order of rows as position, new rows follow those of their subject."""
+    seen = np.bincount(r.subject, minlength=len(r.subjects))
+    out = np.zeros(len(subject), int)
+    count: dict[int, int] = {}
+    for i, s in enumerate(subject):
+        out[i] = (seen[s] if s >= 0 else 0) + count.get(s, 0)
+        count[s] = count.get(s, 0) + 1
+    return out
+
+
+def _refuse_unknown(bad: np.ndarray, name: str) -> None:
+    if np.any(bad):
+        raise DataError(
+            f"found {int(bad.sum())} rows of newdata at positions that were not in training; the "
+            f"correlations of {name} are known at the positions of training only. Use ar1 or car1 "
+            "to predict beyond them."
+        )
+
+
+def _design(r: Residuals, values: dict[str, Any], place: np.ndarray, m: int) -> np.ndarray:
+    """H of the new rows."""
+    parts = [np.zeros((m, 0))]
+    c = r.spec.correlation
+    if c is not None and c.heterogeneous:
+        parts.append((place[:, None] == np.arange(1, len(r.grid))).astype(float))
+    at = parts[-1].shape[1]
+    for v in r.spec.estimated:
+        key = f"{v.kind}({deparse(v.node)})"
+        value = values[key]
+        if v.kind == "ident":
+            levels = r.levels[key]
+            codes = _place(value, levels)
+            if np.any(codes < 0):
+                raise DataError(
+                    f"newdata has levels of {deparse(v.node)} that were not in training; expected "
+                    f"{', '.join(map(str, levels))}."
+                )
+            parts.append((codes[:, None] == np.arange(1, len(levels))).astype(float))
+        else:
+            x = np.asarray(getattr(value, "values", value), float)
+            x = np.log(np.abs(x)) if v.kind == "power" else x
+            sd = r.structure.variances.scales[at]
+            mean = -r.structure.variances.shifts[at] * sd
+            parts.append(((x - mean) / sd)[:, None])
+        at += parts[-1].shape[1]
+    return np.concatenate(parts, axis=1)
+
+
+def _reaching(family: Family, lag: int) -> Family:
+    """The family for lags beyond those of training; Toeplitz knows no others."""
+    if isinstance(family, Autoregressive | ARMA):
+        return replace(family, largest=max(family.largest, lag))
+    _refuse_unknown(np.array([isinstance(family, Toeplitz) and lag >= family.T]), "toep")
+    return family
+
+
+class Known(NamedTuple):
+    """What the subject's rows tell of the residual of one new row."""
+
+    rows: np.ndarray  # training rows of its subject
+    weights: np.ndarray  # R⁻¹c of them
+    variance: float  # left, relative to σ²
+
+
+@in_float64
+def known_residuals(fit: Fit, new: NewRows) -> list[Known]:
+    """BLUP weights of every new row: e_new | e = c'R⁻¹e, variance s² - c'R⁻¹c.
+
+    Goldberger (1962), J. Amer. Statist. Assoc. 57. O(T³) per subject.
+    """
+    r, weights = fit.model.design.residual, fit.model.design.weights
+    assert r is not None
+    sd = relative_sd(r, fit.phi, weights)
+    out = []
+    for subject, pos, s in zip(*new, strict=True):
+        rows = np.flatnonzero(r.subject == subject) if r.correlated else np.zeros(0, int)
+        if rows.size == 0:
+            out.append(Known(rows, np.zeros(0), float(s**2)))
+            continue
+        family = r.structure.family
+        assert family is not None
+        both = jnp.asarray(np.vstack([r.pos[rows], pos]))
+        family = _reaching(family, int(np.max(np.abs(r.pos[rows, 0] - pos[0]))))
+        c = np.asarray(family.matrix(jnp.asarray(fit.phi)[: r.structure.n_corr], both))[-1, :-1]
+        c = c * sd[rows] * s
+        w = np.linalg.solve(block(r, fit.phi, weights, rows), c)
+        out.append(Known(rows, w, float(max(s**2 - c @ w, 0.0))))
+    return out

@@ -1,0 +1,54 @@
+"""Each line of docs/dictionary.md that carries a number gives that number."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lmmjax as lmm
+
+PAGE = Path(__file__).parent.parent / "docs" / "dictionary.md"
+CALL = re.compile(
+    r"`Model\((?P<arguments>.*?)\)` \| (?P<method>REML|ML) \| (?P<loglik>-[\d.]+) \|$"
+)
+
+
+def entries() -> list[tuple[str, str, str, dict[str, Any], str]]:
+    """(formula, data set, method, keywords, log-likelihood), each model once."""
+    found = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if match := CALL.search(line):
+            call = ast.parse(
+                f"f({match['arguments'].replace(chr(92) + '|', '|')})", mode="eval"
+            ).body
+            assert isinstance(call, ast.Call)
+            formula, data = ast.literal_eval(call.args[0]), ast.unparse(call.args[1])
+            options = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+            entry = (formula, data, match["method"], options, match["loglik"])
+            found[formula, data, match["method"], str(options)] = entry
+    return list(found.values())
+
+
+def test_the_page_has_entries() -> None:
+    assert len(entries()) == 12
+
+
+SLOW = {"symm(age | Subject)", "un(age | Subject)", "UN(age | Subject)", "ar1(Days | Subject)"}
+
+
+def _entry(entry: Any) -> Any:
+    slow = entry[3].get("residual") in SLOW
+    name = entry[3].get("residual", entry[0])
+    return pytest.param(entry, marks=[pytest.mark.slow] if slow else [], id=name)
+
+
+@pytest.mark.parametrize("entry", map(_entry, entries()))
+def test_line_gives_its_number(entry: Any) -> None:
+    formula, data, method, options, given = entry
+    fit = lmm.Model(formula, lmm.load_dataset(data), **options).fit(method=method)
+    tolerance = 4e-4 if len(given.partition(".")[2]) == 4 else 1e-6  # SAS rounds
+    assert fit.loglik == pytest.approx(float(given), abs=tolerance)
