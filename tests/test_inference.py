@@ -68,7 +68,7 @@ def same(got: Any, expected: Any, tolerance: float) -> None:
 
 #: pbkrtest ignores the weights in V: see reference/README.md
 NOT_PBKRTEST = {"sim_unbalanced_weights_reml"}
-QUICK = ["sleepstudy_slope_reml", "ratpup_reml", "cake_factor_reml", "assay_crossed_reml"]
+QUICK = ["sleepstudy_slope_reml", "ratpup_reml", "assay_crossed_reml"]
 QUICK += ["dyestuff2_singular_reml", "sim_corr1_singular_reml", "machines_factor_slope_reml"]
 
 
@@ -115,12 +115,17 @@ def test_every_case_equals_r(name: str) -> None:
     ):
         pytest.skip("degrees of freedom are not uniquely defined there, or not given")
     check_tests(name, "satterthwaite", "satterthwaite", 1e-4)
-    if name not in NOT_PBKRTEST and "coef" in load_case(name)["expected"]["kenward_roger"]:
+    if name not in NOT_PBKRTEST and "coef" in load_case(name)["expected"].get("kenward_roger", {}):
         check_tests(name, "kenward_roger", "kenward-roger", 1e-5)
 
 
 @pytest.mark.parametrize(
-    "name", ["kr_ratpup_treatment", "kr_sleepstudy_days", "kr_machines_machine"]
+    "name",
+    [
+        "kr_ratpup_treatment",
+        "kr_sleepstudy_days",
+        pytest.param("kr_machines_machine", marks=pytest.mark.slow),
+    ],
 )
 def test_f_of_nested_models_equals_pbkrtest(name: str) -> None:
     case = reference(name)
@@ -233,7 +238,7 @@ def dense_tables(d: Any, S: np.ndarray, lams: list[np.ndarray], E: list[np.ndarr
         ("crossed slopes", "tables"),
         ("compound symmetry", "tables"),
         ("nested three deep, slopes", "tables"),
-        ("crossed slopes", "autodiff"),
+        pytest.param("crossed slopes", "autodiff", marks=pytest.mark.slow),
     ],
 )
 def test_tables_equal_dense_ones(name: str, route: str) -> None:
@@ -280,8 +285,11 @@ def test_observed_information_is_half_the_hessian_with_nonlinear_structures_too(
         return 0.5 * lk.deviance(red, "REML", w[0] * sigma2)
 
     with lmm.float64():
-        want = np.linalg.inv(np.asarray(jax.jit(jax.hessian(half_deviance))(jnp.asarray(start))))
-    np.testing.assert_allclose(components.parameter_covariance(fit), want, rtol=1e-6, atol=1e-9)
+        gradient = jax.jit(jax.grad(half_deviance))
+        steps = 1e-5 * np.eye(4)
+        hessian = [(gradient(start + h) - gradient(start - h)) / 2e-5 for h in steps]
+    want = np.linalg.inv(np.asarray(hessian))
+    np.testing.assert_allclose(components.parameter_covariance(fit), want, rtol=1e-5, atol=1e-8)
     adjusted = [fit.vcov("kenward-roger", second_order=x).to_numpy() for x in (True, False)]
     assert np.max(np.abs(adjusted[0] / adjusted[1] - 1)) > 1e-6
 
@@ -568,7 +576,14 @@ def test_adjusted_p_values() -> None:
 # -- variances ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["r2_sim_nested3", "r2_sim_weights", "r2_sleepstudy_slope"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("r2_sim_nested3", marks=pytest.mark.slow),
+        "r2_sim_weights",
+        "r2_sleepstudy_slope",
+    ],
+)
 def test_r2_and_icc_equal_performance(name: str) -> None:
     case = reference(name)
     model, want = case["models"][0], case["expected"]

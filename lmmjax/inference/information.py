@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmmjax import cross as cr
 from lmmjax import derivatives as dv
 from lmmjax import likelihood as lk
 from lmmjax.gram import Gram, Layout, Rhs
@@ -179,7 +180,7 @@ def reduce_sigmas(
     own, up = list(gram.own), [list(u) for u in gram.up]
     border = [
         jnp.concatenate([b, y[:, None]], axis=1)
-        for b, y in zip(gram.border, rhs.border, strict=True)
+        for b, y in zip(_dense_borders(layout, gram), rhs.border, strict=True)
     ]
     core = jnp.block([[gram.core, rhs.core[:, None]], [rhs.core[None], rhs.yy]])
     logdet = jnp.asarray(gram.logdet_R, core.dtype)
@@ -203,6 +204,16 @@ def reduce_sigmas(
     M = jnp.eye(d, dtype=core.dtype) + K @ Sigma_c
     S = core[d:, d:] - B.T @ Sigma_c @ jnp.linalg.solve(M, B)
     return logdet + jnp.linalg.slogdet(M)[1], S
+
+
+def _dense_borders(layout: Layout, gram: Gram) -> list[jax.Array]:
+    """The borders with the core's columns of Z written out where a sparse layout lists them."""
+    if gram.cross is None:
+        return list(gram.border)
+    first, *others = gram.border
+    eye = jnp.eye(layout.d, dtype=first.dtype)
+    written = cr.from_core(gram.cross, eye, layout.chain[0][2])
+    return [jnp.concatenate([written, first], axis=1), *others]
 
 
 def _weight(a: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
