@@ -199,6 +199,15 @@ def test_containment_equals_nlme(case: dict[str, Any]) -> None:
     assert got.terms.tolist() == case["denDF"]
 
 
+def test_containment_goes_with_structured_residuals() -> None:
+    """nlme: the strata are those of the grouping factors, whatever the residuals."""
+    data = lmm.load_dataset("Orthodont")
+    mixed = lmm.Model("distance ~ age * Sex + (1 | Subject)", data, residual="varident(Sex)").fit()
+    assert mixed.coef_table(df="containment")["df"].tolist() == [79, 79, 25, 79]
+    with pytest.raises(LmmError, match="independent residuals"):
+        mixed.coef_table(df="kenward-roger")
+
+
 def test_containment_of_a_hypothesis_is_the_least() -> None:
     fit = case_fit("ratpup_reml")
     table = fit.coef_table(df="containment")["df"]

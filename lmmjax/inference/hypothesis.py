@@ -158,9 +158,10 @@ def method(
     V = fit.sigma**2 * fit._unscaled_vcov
     if fit.model.is_linear and name != "wald":
         name = "residual"  # V = σ²R has one parameter: every method gives n - p
-    if name in ("kenward-roger", "containment"):
-        refuse_structured(fit, f"df={name!r}")
+    if name == "containment" and not fit.model.is_mixed:
+        name = "residual"  # without grouping factors there is one stratum
     if name == "kenward-roger":
+        refuse_structured(fit, f"df={name!r}")
         return _kenward_roger(fit, information, second_order)
     if name == "satterthwaite":
         degrees = fit._satterthwaite
