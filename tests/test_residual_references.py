@@ -72,11 +72,12 @@ def check_parameters(fit: lmm.Fit, expected: dict[str, Any]) -> None:
 
 
 def check_intervals(fit: lmm.Fit, expected: dict[str, Any]) -> None:
-    """nlme's ``intervals``, by a numerical Hessian: about 3 digits."""
+    """nlme's ``intervals``, by a numerical Hessian: about 3 digits, fewer in 10 parameters."""
     given, table = expected.get("intervals_nlme", {}), fit.residual_intervals()
-    for part, prefixes in (("corStruct", ("phi", "rho", "range")), ("varStruct", ("sd_", "delta"))):
-        names = [x for x in table.index if x.startswith(prefixes)]
-        if part in given and (len(names) == 1 or part == "varStruct"):
+    variances = [x for x in table.index if x.startswith(("sd_", "delta"))]
+    for part in given:
+        names = variances if part == "varStruct" else table.index.difference(variances, sort=False)
+        if part == "corStruct" or len(table) < 9:
             got = table.loc[names, ["low", "high"]]
             close(got, np.transpose([given[part]["lower"], given[part]["upper"]]), 2e-3, part)
 
