@@ -72,12 +72,15 @@ def check_parameters(fit: lmm.Fit, expected: dict[str, Any]) -> None:
 
 
 def check_intervals(fit: lmm.Fit, expected: dict[str, Any]) -> None:
-    """nlme's ``intervals``, by a numerical Hessian: about 3 digits, fewer in 10 parameters."""
+    """nlme's ``intervals``, by a numerical Hessian: about 3 digits.
+
+    Those of variance functions are compared for REML; for ML nlme's are up to 1 % wider.
+    """
     given, table = expected.get("intervals_nlme", {}), fit.residual_intervals()
     variances = [x for x in table.index if x.startswith(("sd_", "delta"))]
     for part in given:
         names = variances if part == "varStruct" else table.index.difference(variances, sort=False)
-        if part == "corStruct" or len(table) < 9:
+        if part == "corStruct" or fit.method == "REML":
             got = table.loc[names, ["low", "high"]]
             close(got, np.transpose([given[part]["lower"], given[part]["upper"]]), 2e-3, part)
 
@@ -88,8 +91,14 @@ def check_rows(fit: lmm.Fit, expected: dict[str, Any]) -> None:
     given = expected["residuals"]
     close(fit.residuals().iloc[: len(given["first"])], given["first"], 1e-5, "residuals")
     for kind in ("pearson", "normalized"):
-        if (values := given.get(f"{kind}_first")) is not None:
-            close(fit.residuals(kind).iloc[: len(values)], values, 1e-5, kind)
+        if (values := given.get(f"{kind}_first")) is None:
+            continue
+        got = fit.residuals(kind).to_numpy()[: len(values)]
+        if kind == "normalized" and str(fit.model.residual).startswith("cs("):
+            # nlme takes another root of compound symmetry: the sum of squares of a subject is free
+            # of that choice (subjects have 4 consecutive rows)
+            got, values = ((np.array(x) ** 2).reshape(-1, 4).sum(axis=1) for x in (got, values))
+        close(got, values, 1e-5, kind)
 
 
 def check_effects(fit: lmm.Fit, expected: dict[str, Any]) -> None:
