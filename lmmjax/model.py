@@ -515,7 +515,7 @@ def _known_variances(spec: ResidualSpec | None, weights: Any) -> Any:
         return weights
     if weights is not None:
         raise DesignError(
-            f"both weights= and varfixed in residual={spec.text!r} were given; each states the "  # type: ignore[union-attr]
+            f"both weights= and residual={spec.text!r} were given; each states the "  # type: ignore[union-attr]
             "known variances (weights = 1/v). Give one of them."
         )
     return known

@@ -400,6 +400,24 @@ def test_negative_correlation_has_no_hierarchical_counterpart() -> None:
         assert mixed.fit().loglik < fit.loglik - 1
 
 
+def test_standard_errors_are_those_of_finite_differences(sleep_fit: lmm.Fit) -> None:
+    """Twice the inverse Hessian of the criterion in (θ, φ), by second differences of its value."""
+    model, h = sleep_fit.model, 1e-3
+    at = np.append(sleep_fit.theta, sleep_fit.phi)
+    with lmm.float64():
+        f = jax.jit(model.deviance)
+        H = np.empty((2, 2))
+        for i, e in enumerate(np.eye(2) * h):
+            for j, g in enumerate(np.eye(2) * h):
+                corners = [f(at + a * e + b * g) * a * b for a in (1, -1) for b in (1, -1)]
+                H[i, j] = float(sum(corners)) / (4 * h**2)
+    phi = sleep_fit.residual_params()["phi"]
+    expected = np.sqrt(2 * np.linalg.inv(H)[1, 1]) * (1 - phi**2)
+    assert sleep_fit.residual_intervals().loc["phi", "std_error"] == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
 def test_wald_intervals_are_symmetric_in_their_chart(sleep_fit: lmm.Fit) -> None:
     table = sleep_fit.residual_intervals()
     z = np.arctanh(table.loc["phi", ["low", "estimate", "high"]].to_numpy(float))

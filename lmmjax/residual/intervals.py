@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmmjax.precision import in_float64
+from lmmjax.residual.structures import CompoundSymmetry
 from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def wald(fit: Fit, level: float = 0.95) -> pd.DataFrame:
 
     The covariance of (θ, φ) is twice the inverse Hessian of the profiled deviance. Intervals are
     made where the parameters are unbounded (Fisher z for correlations, log for ratios and ranges,
-    logit for the nugget and for φ of car1, the identity for delta) and transformed back, so they
-    stay in range.
+    logit for the nugget, for φ of car1 and, on its own range, for ρ of cs, the identity for delta)
+    and transformed back, so they stay in range.
 
     Returns
     -------
@@ -59,8 +60,9 @@ def wald(fit: Fit, level: float = 0.95) -> pd.DataFrame:
     se = np.sqrt(np.einsum("ik,kl,il->i", slope, _covariance(fit), slope))
     half = stats.norm.ppf(0.5 + check_level(level) / 2) * se
     low, high = np.empty((2, len(names)))
+    least = _least(residual.structure.family)
     for i, name in enumerate(names):
-        low[i], high[i] = _back(_chart(name, fit), value[i], half[i])
+        low[i], high[i] = _back(_chart(name, fit), value[i], half[i], least)
     table = np.column_stack([value, se, low, high])
     return pd.DataFrame(table, index=names, columns=columns)
 
@@ -81,15 +83,26 @@ def _chart(name: str, fit: Fit) -> str:
     spatial = correlation is not None and correlation.family in ("car1", "sppow")
     if name == "nugget" or (spatial and name in ("phi", "rho")):
         return "logit"
+    if correlation is not None and correlation.family == "cs" and name == "rho":
+        return "cs"
     return "identity" if name.startswith("delta") else "fisher"
 
 
-def _back(chart: str, value: float, half: float) -> tuple[float, float]:
+def _least(family: Any) -> float:
+    """Lower end of the range of compound symmetry's correlation."""
+    return -1 / (family.T - 1) if isinstance(family, CompoundSymmetry) else -1.0
+
+
+def _back(chart: str, value: float, half: float, least: float) -> tuple[float, float]:
     """value ± half as an interval made in the chart, by the delta method."""
     if chart == "identity":
         return value - half, value + half
     if chart == "log":
         return value * np.exp(-half / value), value * np.exp(half / value)
+    if chart == "cs":
+        width = 1 - least
+        low, high = _back("logit", (value - least) / width, half / width, least)
+        return least + width * low, least + width * high
     if chart == "logit":
         z, h = np.log(value / (1 - value)), half / (value * (1 - value))
         return 1 / (1 + np.exp(h - z)), 1 / (1 + np.exp(-h - z))

@@ -46,8 +46,10 @@ def encode(fit: Fit, newdata: Any) -> NewRows:
     values = evaluate_residual(r.spec, ev)
     for name, value in values.items():
         if np.any(is_missing(value)):
+            what = name.strip("|") or "the subject"
             raise DataError(
-                f"found missing values of {name.strip('|') or 'the subject'} in newdata."
+                f"found missing values of {what} in newdata; the residual structure expects one in "
+                "every row. Fill them in, or remove these rows."
             )
     m = len(table)
     subject = np.arange(m) - m - 1 if not r.correlated else _subject(r, values, m)
