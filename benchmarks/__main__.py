@@ -1,8 +1,8 @@
 """Measure lmmjax and its peers and write docs/benchmarks.md: ``python -m benchmarks [--runs 5]``.
 
 Everything by default; ``--only``, ``--libraries`` and ``--sections`` measure a part again and make
-the page from that and from what was kept of the rest (``--sections`` alone: measure nothing). ``python -m benchmarks.peers setup`` makes
-the peers' environments.
+the page from that and from what was kept of the rest (``--sections`` alone measures nothing).
+``python -m benchmarks.peers setup`` makes the peers' environments.
 """
 
 from __future__ import annotations
