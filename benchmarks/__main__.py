@@ -1,8 +1,8 @@
 """Measure lmmjax and its peers and write docs/benchmarks.md: ``python -m benchmarks [--runs 5]``.
 
 Everything by default; ``--only``, ``--libraries`` and ``--sections`` measure a part again and make
-the page from that and from what was kept of the rest. ``python -m benchmarks.peers setup`` makes
-the peers' environments.
+the page from that and from what was kept of the rest (``--sections`` alone measures nothing).
+``python -m benchmarks.peers setup`` makes the peers' environments.
 """
 
 from __future__ import annotations
@@ -74,10 +74,11 @@ def _script(name: str) -> list[str] | None:
         return None
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = done.stdout.strip()
     if done.returncode:
-        raise RuntimeError(f"benchmarks.{name}: {done.stderr.strip()[-400:]}")
+        told = f"failed with status {done.returncode}: {done.stderr.strip().splitlines()[-1][:160]}"
     said = " ".join(command[2:])
-    return [f"## {heading}", "", f"`python -m {said}`", "", "```", done.stdout.strip(), "```", ""]
+    return [f"## {heading}", "", f"`python -m {said}`", "", "```", told, "```", ""]
 
 
 def _kept(name: str, make: Any, wanted: bool) -> Any:

@@ -82,7 +82,9 @@ def machine() -> list[str]:
         "",
         f"Machine: {model[1] if model else platform.processor()}, {os.cpu_count()} cores, "
         f"{memory:.0f} GB; {platform.system()} {platform.release()}; Python "
-        f"{platform.python_version()}. Versions: {versions}; lmmjax on {ours}.",
+        f"{platform.python_version()}. Versions: {versions}; lmmjax on {ours}. Load average when "
+        f"this page was written: {os.getloadavg()[1]:.1f} (above 1.5 the machine was shared: trust "
+        "processor times and ratios of neighbouring rows).",
         "",
         "*From frame* goes from formula and data frame to a result whose criterion has been read. "
         "*Built* refits what the library can prepare beforehand: a model object (lmmjax, "
