@@ -78,11 +78,12 @@ def _constant_direction(X: np.ndarray) -> np.ndarray:
 
 def _rms(column: np.ndarray) -> float:
     """Root mean square, 1 where the column vanishes; never squares large numbers."""
+    square = float(column @ column) / len(column)
+    if 1e-200 < square < 1e200:
+        return float(np.sqrt(square))
     top = max(float(column.max()), -float(column.min()))
     if top == 0.0:
         return 1.0
-    if 1e-100 < top < 1e100:
-        return float(np.sqrt(column @ column / len(column)))
     scaled = column / top
     return top * float(np.sqrt(scaled @ scaled / len(column)))
 
@@ -396,11 +397,12 @@ class LevelSums:
 
     def __init__(self, codes: np.ndarray, J: int) -> None:
         self.codes, self.J = codes, J
-        step = np.diff(codes)
-        self.sorted = bool(np.all(step >= 0)) and len(codes) > 0
+        self.sorted = len(codes) > 0 and bool(np.all(codes[1:] >= codes[:-1]))
         if self.sorted:
-            self.starts = np.concatenate([[0], np.flatnonzero(step) + 1])
+            self.starts = np.concatenate([[0], np.flatnonzero(np.diff(codes)) + 1])
             self.sorted = len(self.starts) == J
+        if not self.sorted:
+            self.codes = codes.astype(np.intp)  # what bincount counts: converted once
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         if self.sorted:
@@ -453,6 +455,18 @@ def _stack(standardised: Standardised, factor: Factor) -> np.ndarray:
     return np.concatenate([standardised.Z[k] for k in factor.terms], axis=1)
 
 
+def _is_one(column: np.ndarray) -> bool:
+    return bool(column[0] == 1.0 and np.all(column == 1.0))
+
+
+def _twin(z: np.ndarray, X: np.ndarray) -> int | None:
+    """Column of X that equals z: most random slopes have one, and its sums need no second pass."""
+    for j, x in enumerate(X.T):
+        if z[0] == x[0] and z[-1] == x[-1] and np.array_equal(z, x):
+            return j
+    return None
+
+
 def crossproducts(
     design: Any, the_plan: Plan, standardised: Standardised, parents: Any = None
 ) -> tuple[Gram, Rhs]:
@@ -490,18 +504,29 @@ def crossproducts(
         border_i = np.empty((f.S, left + p, f.J))
         rhs_i = np.empty((f.S, f.J))
         up_i = [np.empty((f.S, g.S, f.J)) for g in chain[i + 1 :]]
-        for s in range(f.S):
-            wz = _weighted(stacked[i][:, s], w)
+        twins = [_twin(z, X) for z in stacked[i].T]
+        for s, column in enumerate(stacked[i].T):
+            wz = _weighted(column, w)
+            unit = w is None and _is_one(column)
+            for j in range(p):
+                known = twins.index(j) if j in twins else s
+                if known < s and twins[s] is not None:
+                    border_i[s, left + j] = border_i[known, left + twins[s]]
+                else:
+                    border_i[s, left + j] = level_sum(X[:, j] if unit else wz * X[:, j])
             for t in range(s, f.S):
-                own_i[s, t] = own_i[t, s] = level_sum(wz * stacked[i][:, t])
+                twin = twins[t]
+                if twin is None:
+                    own_i[s, t] = level_sum(wz * stacked[i][:, t])
+                else:
+                    own_i[s, t] = border_i[s, left + twin]
+                own_i[t, s] = own_i[s, t]
             for block, z in zip(up_i, stacked[i + 1 :], strict=True):
                 for t in range(z.shape[1]):
                     block[s, t] = level_sum(wz * z[:, t])
             if left:
                 border_i[s, :left] = _core_columns(core, codes[f.group], f.J, wz)
-            for j in range(p):
-                border_i[s, left + j] = level_sum(wz * X[:, j])
-            rhs_i[s] = level_sum(wz * y)
+            rhs_i[s] = level_sum(y if unit else wz * y)
         own.append(own_i)
         up.append(tuple(up_i))
         border.append(border_i)
