@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12; do \
 # The suite compiles more than it computes, so a second process pays.
 WORKERS ?= 2
 
-.PHONY: demo test slow lint bench install clean
+.PHONY: demo test slow lint bench bench-peers install clean
 .DEFAULT_GOAL := demo
 
 demo: install  ## ML, REML and NUTS on the sleep study, compared
@@ -29,7 +29,10 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy lmmjax
 
-bench: install
+bench-peers: install  ## the other libraries, each in an environment of its own under .bench
+	$(PY) -m benchmarks.peers setup
+
+bench: bench-peers  ## measure everything and write docs/benchmarks.md
 	$(PY) -m benchmarks
 
 install: $(STAMP)

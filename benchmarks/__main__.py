@@ -1,135 +1,111 @@
-"""Measure lmmjax and write docs/benchmarks.md: ``python -m benchmarks [--runs 5]``.
+"""Measure lmmjax and its peers and write docs/benchmarks.md: ``python -m benchmarks [--runs 5]``.
 
-Each figure is a median over runs. Cold times are whole processes; compile times are first calls
-less a warm one, in a fresh process each; warm times repeat the call in one process. The criterion
-is recorded beside the time: a fast wrong optimum counts as a loss.
+Everything by default; ``--only``, ``--libraries`` and ``--sections`` measure a part again and make
+the page from that and from what was kept of the rest. ``python -m benchmarks.peers setup`` makes
+the peers' environments.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-CASES = {
-    "sleepstudy": ("Reaction ~ Days + (Days | Subject)", "sleepstudy", "REML"),
-    "Dyestuff": ("Yield ~ 1 + (1 | Batch)", "Dyestuff", "REML"),
-    "Penicillin": ("diameter ~ 1 + (1 | plate) + (1 | sample)", "Penicillin", "REML"),
-    "MathAchieve slope": ("MathAch ~ SES + (SES | School)", "MathAchieve", "REML"),
-    "InstEval": ("y ~ service + (1 | s) + (1 | d) + (1 | dept)", "InstEval", "ML"),
+from benchmarks import iterative, measure, page, threads
+from benchmarks.peers import LIBRARIES, Library
+from benchmarks.problems import FOLDER, GROWTH, PROBLEMS, Problem, every
+
+#: further scripts of this folder, whose output is quoted as it is: heading, arguments
+SCRIPTS = {
+    "large": ("Larger than memory", ("--rows", "20000000")),
+    "kenward_roger": ("Kenward-Roger", ()),
 }
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+SECTIONS = ("problems", "growth", "cold", "threads", "iterative", *SCRIPTS)
 
 
-def median_seconds(call: Callable[[], Any], runs: int) -> float:
-    """Median wall time of ``call`` over ``runs``."""
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    add = parser.add_argument
+    add("--runs", type=int, default=5, help="calls a median is of")
+    add("--limit", type=float, default=measure.LIMIT, help="seconds per library and problem")
+    add("--core", type=int, default=(os.cpu_count() or 1) - 1, help="core to pin to")
+    add("--only", nargs="*", metavar="PROBLEM", choices=list(every()), help="problems to measure")
+    add("--libraries", nargs="*", metavar="NAME", help="libraries to measure (default all)")
+    add("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
+    return parser.parse_args()
 
 
-def one_case(name: str, runs: int) -> dict[str, Any]:
-    """First and warm times of one case in this process."""
-    import lmmjax as lmm
-
-    formula, data_name, method = CASES[name]
-    data = lmm.load_dataset(data_name)
-    build = median_seconds(lambda: lmm.Model(formula, data)._arrays(), 3)
-    model = lmm.Model(formula, data)
-    model._arrays()
-    first = median_seconds(lambda: model.fit(method=method), 1)
-    warm = median_seconds(lambda: model.fit(method=method), runs)
-    fit = model.fit(method=method)
-    tests = median_seconds(fit.coef_table, 1)
-    return {
-        "build": build,
-        "compile": first - warm,
-        "warm": warm,
-        "tests": tests,
-        "criterion": fit.deviance,
-        "evaluations": fit.n_evals,
-    }
+def _compare(problems: list[Problem], libraries: list[Library], options: Any) -> None:
+    for problem in problems:
+        for library in libraries:
+            result = measure.record(library, problem, options.runs, options.core, options.limit)
+            told = page.seconds(page.figure(result, "frame")) or result.get("wrong") or "cannot"
+            print(f"{problem.name:14s} {library.name:12s} {told}", file=sys.stderr, flush=True)
 
 
-def in_fresh_process(name: str, runs: int) -> dict[str, Any]:
-    """Run :func:`one_case` in a process of its own, without a compilation cache."""
-    env = {k: v for k, v in os.environ.items() if k not in ("LMMJAX_CACHE",)}
-    command = [sys.executable, "-m", "benchmarks", "--case", name, "--runs", str(runs)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+def _cold(libraries: list[Library], options: Any) -> dict[str, float | None]:
+    sleepstudy = every()["sleepstudy"]
+    times: dict[str, float | None] = {}
+    for name, value in measure.cold_lmmjax(sleepstudy.formula, options.runs, options.core).items():
+        times[f"`lmmjax fit sleepstudy ...`, {name}"] = value
+    for library in libraries:
+        if library.name not in ("lmmjax", "gpboost"):
+            times[library.name] = measure.cold_peer(library, sleepstudy, options.runs, options.core)
+    return times
 
 
-def cold(runs: int, cache: bool) -> float:
-    """Median time of ``lmmjax fit sleepstudy`` as a whole process."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "LMMJAX_CACHE": folder}
-        command = [sys.executable, "-m", "lmmjax", "fit", "sleepstudy", CASES["sleepstudy"][0]]
-
-        def process() -> None:
-            where = folder if cache else tempfile.mkdtemp(dir=folder)
-            env["LMMJAX_CACHE"] = where
-            subprocess.run(command, env=env, capture_output=True, check=True)
-
-        if cache:
-            process()
-        return median_seconds(process, runs)
+def _iterative(core: int) -> Any:
+    """The prototype in a process of its own, pinned as all the others."""
+    command = [sys.executable, "-m", "benchmarks.iterative", "--json"]
+    out, wrong = measure.pinned(command, 1800.0, core, PYTHONPATH=str(measure.ROOT))
+    if wrong:
+        raise RuntimeError(f"benchmarks.iterative: {wrong}")
+    return json.loads(out.strip().splitlines()[-1])
 
 
-def report(rows: dict[str, dict[str, Any]], colds: dict[str, float]) -> str:
-    """The page in Markdown."""
-    packages = ", ".join(f"{p} {version(p)}" for p in ("lmmjax", "jax", "numpy"))
-    lines = [
-        "# Benchmarks",
-        "",
-        f"Made by `make bench` on {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {packages}. Medians; the machine was shared, so "
-        "believe the ratios more than the seconds.",
-        "",
-        "| whole process | seconds |",
-        "|---|---|",
-        *(f"| {name} | {seconds:.2f} |" for name, seconds in colds.items()),
-        "",
-        "| case | build (ms) | compile (s) | warm fit (ms) | first Satterthwaite table (s) | "
-        "evaluations | criterion |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, r in rows.items():
-        lines.append(
-            f"| {name} | {1e3 * r['build']:.1f} | {r['compile']:.2f} | {1e3 * r['warm']:.2f} | "
-            f"{r['tests']:.2f} | {r['evaluations']} | {r['criterion']:.6f} |"
-        )
-    return "\n".join([*lines, ""])
+def _script(name: str) -> list[str] | None:
+    """The output of a further script as a section; None where this checkout has no such script."""
+    heading, arguments = SCRIPTS[name]
+    if importlib.util.find_spec(f"benchmarks.{name}") is None:
+        return None
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"benchmarks.{name}: {done.stderr.strip()[-400:]}")
+    said = " ".join(command[2:])
+    return [f"## {heading}", "", f"`python -m {said}`", "", "```", done.stdout.strip(), "```", ""]
+
+
+def _kept(name: str, make: Any, wanted: bool) -> Any:
+    """Measure anew where wanted, else what was kept of an earlier run."""
+    path = FOLDER / "results" / f"{name}.json"
+    if wanted:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(make()))
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def main() -> None:
-    """Run everything, or one case for the parent process."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("--case", choices=list(CASES))
-    parser.add_argument("--runs", type=int, default=5)
-    args = parser.parse_args()
-    if args.case:
-        print(json.dumps(one_case(args.case, args.runs)))
-        return
-    colds = {
-        "`lmmjax fit sleepstudy`, empty cache": cold(args.runs, cache=False),
-        "`lmmjax fit sleepstudy`, warm cache": cold(args.runs, cache=True),
-    }
-    rows = {name: in_fresh_process(name, args.runs) for name in CASES}
-    PAGE.write_text(report(rows, colds))
-    print(PAGE.read_text())
+    """Measure what is asked for, then write the page."""
+    options = _options()
+    libraries = [lib for lib in LIBRARIES if not options.libraries or lib.name in options.libraries]
+    chosen = lambda ps: [p for p in ps if options.only is None or p.name in options.only]  # noqa: E731
+    if "problems" in options.sections:
+        _compare(chosen(PROBLEMS), libraries, options)
+    if "growth" in options.sections:
+        _compare(chosen([p for _, *pair in GROWTH for p in pair]), libraries, options)
+    wanted = options.sections
+    cold = _kept("cold", lambda: _cold(libraries, options), "cold" in wanted) or {}
+    beside = _kept("threads", lambda: threads.measure(options.runs), "threads" in wanted)
+    stochastic = _kept("iterative", lambda: _iterative(options.core), "iterative" in wanted)
+    more = [threads.section(beside), iterative.section(stochastic)]
+    more += [_kept(name, lambda n=name: _script(n), name in wanted) for name in SCRIPTS]
+    page.PAGE.write_text(page.page(cold, [section for section in more if section]))
+    print(f"wrote {page.PAGE}", file=sys.stderr)
 
 
 if __name__ == "__main__":

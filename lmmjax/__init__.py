@@ -15,7 +15,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmmjax import datasets
+    from lmmjax import datasets, studies
+    from lmmjax.batchfit import BatchFit
     from lmmjax.bayes.posterior import Posterior
     from lmmjax.comparison import Comparison, compare
     from lmmjax.datasets import describe_dataset, list_datasets, load_dataset
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         DataError,
         DataWarning,
         DesignError,
+        EstimabilityWarning,
         FormulaError,
         LmmError,
         PrecisionError,
@@ -33,19 +35,24 @@ if TYPE_CHECKING:
         SingularFitWarning,
     )
     from lmmjax.fit import Fit
+    from lmmjax.groups import fit_groups
+    from lmmjax.many import fit_many
     from lmmjax.model import Model
     from lmmjax.precision import enable_cache, float64
     from lmmjax.stages import TwoStage, two_stage
+    from lmmjax.study import Study
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchFit",
     "Comparison",
     "ComparisonError",
     "ConvergenceWarning",
     "DataError",
     "DataWarning",
     "DesignError",
+    "EstimabilityWarning",
     "Fit",
     "FormulaError",
     "LmmError",
@@ -55,23 +62,31 @@ __all__ = [
     "PriorError",
     "ResidualWarning",
     "SingularFitWarning",
+    "Study",
     "TwoStage",
     "compare",
     "datasets",
     "describe_dataset",
     "enable_cache",
+    "fit_groups",
+    "fit_many",
     "float64",
     "list_datasets",
     "load_dataset",
+    "studies",
     "two_stage",
 ]
 
 #: where each public name lives; a module stands for itself
 _HOME = {
+    "BatchFit": "batchfit",
+    "fit_groups": "groups",
+    "fit_many": "many",
     "Comparison": "comparison",
     "Fit": "fit",
     "Model": "model",
     "Posterior": "bayes.posterior",
+    "Study": "study",
     "TwoStage": "stages",
     "compare": "comparison",
     "datasets": "datasets",
@@ -80,6 +95,7 @@ _HOME = {
     "float64": "precision",
     "list_datasets": "datasets",
     "load_dataset": "datasets",
+    "studies": "studies",
     "two_stage": "stages",
 }
 

@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmmjax import cli_batch
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 DONE, NOT_CONVERGED, BAD_INPUT = 0, 1, 2
 
 FREQUENTIST = {"ml": "ML", "reml": "REML"}
-BAYESIAN = ("nuts", "laplace", "quadrature", "svi")
+BAYESIAN = ("nuts",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,23 +69,30 @@ def _tell(message: str) -> None:
 # -------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line on standard error, like all others."""
+
+    def error(self, message: str) -> Any:
+        _tell(f"error: {message}; see {self.prog} --help")
+        raise SystemExit(BAD_INPUT)
+
+
 def _parser() -> argparse.ArgumentParser:
     from lmmjax import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="lmmjax", description="Linear mixed models by ML, REML and Bayes."
-    )
+    parser = _Parser(prog="lmmjax", description="Linear mixed models by ML, REML and Bayes.")
     parser.add_argument("--version", action="version", version=f"lmmjax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _fit_parser(commands)
     _compare_parser(commands)
+    cli_batch.add_parsers(commands, _command, _names)
     return parser
 
 
 def _fit_parser(commands: Any) -> None:
     parser = _command(commands, "fit", "fit one model", _fit)
     parser.add_argument("--method", type=str.lower, choices=list(FREQUENTIST), default="reml")
-    parser.add_argument("--df", help="satterthwaite, residual or wald")
+    parser.add_argument("--df", help="satterthwaite, kenward-roger, residual, containment or wald")
 
 
 def _compare_parser(commands: Any) -> None:

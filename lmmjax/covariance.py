@@ -10,6 +10,7 @@ parameter is zero: boundary fits are ordinary optima, found by an unconstrained 
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, final
@@ -26,7 +27,23 @@ Array = Any
 def _linear(theta: Array, basis: np.ndarray) -> Array:
     """Σ θ_k basis_k as a product with a constant: cheap to compile, and the same in NumPy."""
     n, S, _ = basis.shape
-    return (theta @ basis.reshape(n, S * S).astype(theta.dtype)).reshape(S, S)
+    return (theta @ basis.reshape(n, S * S).astype(theta.dtype, copy=False)).reshape(S, S)
+
+
+@functools.cache
+def _lower_triangle(S: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the lower triangle, column by column."""
+    columns, rows = np.triu_indices(S)
+    return rows, columns
+
+
+@functools.cache
+def _triangular_basis(S: int) -> np.ndarray:
+    """One matrix per entry of the lower triangle, (S (S + 1) / 2, S, S)."""
+    rows, columns = _lower_triangle(S)
+    basis = np.zeros((len(rows), S, S))
+    basis[np.arange(len(rows)), rows, columns] = 1.0
+    return basis
 
 
 @dataclass(frozen=True)
@@ -75,23 +92,17 @@ class Unstructured(Covariance):
     def n_theta(self) -> int:
         return self.S * (self.S + 1) // 2
 
-    def _where(self) -> tuple[np.ndarray, np.ndarray]:
-        columns, rows = np.triu_indices(self.S)
-        return rows, columns
-
     def factor(self, theta: Array) -> Array:
-        basis = np.zeros((self.n_theta, self.S, self.S))
-        basis[np.arange(self.n_theta), *self._where()] = 1.0
-        return _linear(theta, basis)
+        return _linear(theta, _triangular_basis(self.S))
 
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         # the triangular factor straight from lam (never from lam @ lam.T): no digits are squared
         lower = np.linalg.qr(lam.T, mode="r").T
         signs = np.where(np.diag(lower) < 0, -1.0, 1.0)
-        return (lower * signs)[self._where()]
+        return (lower * signs)[_lower_triangle(self.S)]
 
     def theta_names(self, names: tuple[str, ...]) -> list[str]:
-        rows, columns = self._where()
+        rows, columns = _lower_triangle(self.S)
         pairs = zip(rows, columns, strict=True)
         return [names[i] if i == j else f"{names[i]}.{names[j]}" for i, j in pairs]
 

@@ -2,8 +2,10 @@ r"""Value, gradient and Hessian of the profiled criterion.
 
 Where one grouping factor is eliminated level by level (the common layout: one factor, or one beside
 crossed or small outer factors in the dense core) the derivatives have closed forms; they cost a
-fraction of automatic differentiation to compile and to run. Deeper chains, and every derivative
-beyond the second, are differentiated automatically. The tests hold one against the other.
+fraction of automatic differentiation to compile and to run. :func:`profiled` hands them to JAX as
+its derivative rules, so that grad, hessian, vmap and implicit differentiation of the criterion use
+them. Deeper chains, derivatives beyond the second and those in the data are automatic. The tests
+hold one against the other.
 
 With Σ = ΛΛ' for all factors, V = R + ZΣZ', and
 
@@ -12,31 +14,41 @@ With Σ = ΛΛ' for all factors, V = R + ZΣZ', and
 
 the rules ∂Ã = -Ã E Ã, ∂T = -Ã E T, ∂S = -T'E T give
 
-    gradient_k  = tr(E_k (Ã - T C T'))
-    Hessian_kl  = tr((∂E_k/∂θ_l)(Ã - T C T')) - tr(Ã E_k Ã E_l) + 2 tr(C T'E_k Ã E_l T)
+    gradient_k  = tr(E_k Γ),   Γ = Ã - T C T'
+    Hessian_kl  = tr((∂E_k/∂θ_l) Γ) - tr(Ã E_k Ã E_l) + 2 tr(C T'E_k Ã E_l T)
                   - 2 (ν/r²) (Ṡ_k v)_x' S_x⁻¹ (Ṡ_l v)_x - (ν/r⁴) (v'Ṡ_k v)(v'Ṡ_l v)
                   - (REML) tr(S_x⁻¹ Ṡ_k,x S_x⁻¹ Ṡ_l,x),      Ṡ_k = T'E_k T
 
 Ã is never formed. With V₁ = R + Z₁Σ₁Z₁' of the chain factor, block-diagonal by level i, the core's
 columns Z_c, per level a_i = Z₁'V₁⁻¹Z₁ and P_i = Z₁'V₁⁻¹Z_c, and over all rows K = Z_c'V₁⁻¹Z_c and
-Q = Λ_c(I + Λ_c'KΛ_c)⁻¹Λ_c',
+Q = Λ_c M Λ_c', M = (I + Λ_c'KΛ_c)⁻¹,
 
-    Ã_ij = δ_ij a_i - P_i Q P_j',   Ã_ic = P_i (I - Q K),   Ã_cc = K - K Q K.
+    Ã_ij = δ_ij a_i - P_i Q P_j',   Ã_ic = P_i (I - Q K),   Ã_cc = K - K Q K,   Ã_cc Λ_c = K Λ_c M.
+
+For a core of many columns the Hessian's traces cost several products of (d, d) matrices. The
+optimiser then uses the average information, the mean of the observed and the expected one, in which
+they cancel (Gilmour, Thompson and Cullis 1995); with w_k = E_k T v and Ã_P = Ã - T_x S_x⁻¹ T_x',
+
+    tr((∂E_k/∂θ_l) Γ) + (ν/r²) w_k'Ã_P w_l - (ν/r⁴) (v'Ṡ_k v)(v'Ṡ_l v).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmmjax import cross as cr
 from lmmjax import likelihood as lk
 from lmmjax.gram import Gram, Layout, Rhs
 
 Derivatives = tuple[jax.Array, jax.Array, jax.Array]
+
+#: from this many columns of the core on, the optimiser uses the average information
+LARGE_CORE = 150
 
 
 def by_autodiff(f: Callable[[jax.Array], jax.Array], theta: jax.Array) -> Derivatives:
@@ -49,6 +61,11 @@ def by_autodiff(f: Callable[[jax.Array], jax.Array], theta: jax.Array) -> Deriva
 def has_closed_form(layout: Layout) -> bool:
     """One factor in the chain, of few enough columns that S⁴ sums over the levels are cheap."""
     return len(layout.chain) == 1 and layout.chain[0][1] <= 8
+
+
+def is_approximate(layout: Layout) -> bool:
+    """Whether :func:`for_optimiser` replaces the Hessian by the average information."""
+    return has_closed_form(layout) and layout.d >= LARGE_CORE
 
 
 def value_gradient_hessian(
@@ -67,42 +84,206 @@ def value_gradient_hessian(
     return by_autodiff(f, theta)
 
 
+def for_optimiser(
+    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs
+) -> Derivatives:
+    """Value, exact gradient and a curvature: the Hessian, or the average information (large core).
+
+    Where Λ's derivative vanishes (a variance of 0) the two curvatures agree.
+    """
+    if is_approximate(layout):
+        return closed_form(layout, method, theta, gram, rhs, exact=False)
+    return value_gradient_hessian(layout, method, theta, gram, rhs)
+
+
+# -------------------------------------------------------------------------------------------------
+# The criterion with its derivative rules
+# -------------------------------------------------------------------------------------------------
+
+
+def _value(
+    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any
+) -> jax.Array:
+    return lk.deviance(lk.reduce(layout, theta, gram, rhs, units), method)
+
+
+def _gradient(
+    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any
+) -> jax.Array:
+    return closed_form(layout, method, theta, gram, rhs, units, order=1)[1]
+
+
+def _hessian(
+    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any
+) -> jax.Array:
+    return closed_form(layout, method, theta, gram, rhs, units)[2]
+
+
+def _with_rule(
+    plain: Callable[..., jax.Array], slope: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """``plain`` with the derivative ``slope`` in θ; automatic in the data and units."""
+    rule = jax.custom_jvp(plain, nondiff_argnums=(0, 1))
+
+    def jvp(layout: Layout, method: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
+        theta, *data = primals
+        theta_dot, *data_dot = tangents
+        zero = jax.custom_derivatives.SymbolicZero
+        value = rule(layout, method, theta, *data)
+        leaves, tree = jax.tree.flatten(data)
+        dots = jax.tree.leaves(data_dot, is_leaf=lambda a: isinstance(a, zero))
+        moving = [
+            i
+            for i, (leaf, dot) in enumerate(zip(leaves, dots, strict=True))
+            if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) and not isinstance(dot, zero)
+        ]
+        out = jnp.zeros_like(value)
+        if not isinstance(theta_dot, zero):
+            out = out + slope(layout, method, theta, *data) @ theta_dot
+        if moving:
+
+            def of_data(chosen: list[jax.Array]) -> jax.Array:
+                filled = list(leaves)
+                for i, leaf in zip(moving, chosen, strict=True):
+                    filled[i] = leaf
+                return plain(layout, method, theta, *jax.tree.unflatten(tree, filled))
+
+            chosen, pushed = [leaves[i] for i in moving], [dots[i] for i in moving]
+            out = out + jax.jvp(of_data, (chosen,), (pushed,))[1]
+        return value, out
+
+    rule.defjvp(jvp, symbolic_zeros=True)
+    return rule
+
+
+_with_gradient = _with_rule(_value, _with_rule(_gradient, _hessian))
+
+
+def profiled(
+    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Sequence[Any] = ()
+) -> jax.Array:
+    """The profiled -2 log-likelihood in standardised units, with closed-form derivative rules.
+
+    Parameters
+    ----------
+    units : sequence of arrays, optional
+        As for :func:`lmmjax.likelihood.reduce`.
+    """
+    if has_closed_form(layout):
+        return _with_gradient(layout, method, theta, gram, rhs, tuple(units))
+    return lk.deviance(lk.reduce(layout, theta, gram, rhs, units), method)
+
+
+# -------------------------------------------------------------------------------------------------
+# P_i = Z₁'V₁⁻¹Z_c, dense or sparse
+# -------------------------------------------------------------------------------------------------
+
+
+class DenseP(NamedTuple):
+    """P as blocks (S, d, J)."""
+
+    P: jax.Array
+
+    def apply(self, v: jax.Array) -> jax.Array:
+        """P_i v: (d, k) -> (S, k, J)."""
+        return _left(v.T, self.P)
+
+    def transposed(self, x: jax.Array) -> jax.Array:
+        """Σ_i P_i'x_i: (S, k, J) -> (d, k)."""
+        return lk.over_levels(self.P, x)
+
+    def conjugate(self, Q: jax.Array) -> jax.Array:
+        """P_iQP_i': (d, d) -> (S, S, J)."""
+        return _inner(_left(Q, self.P), self.P)
+
+    def weigh(self, e: jax.Array) -> jax.Array:
+        """Σ_i P_i'e_kP_i: (k, S, S) -> (k, d, d)."""
+        return jnp.einsum("kab,adbe->kde", e, _outer(self.P, self.P))
+
+
+class SparseP(NamedTuple):
+    """P_i = N_iB_i with N_i = I - A_iG_i (S, S, J) and B by entry."""
+
+    N: jax.Array
+    cross: cr.Cross
+    d: int
+
+    def apply(self, v: jax.Array) -> jax.Array:
+        """P_i v: (d, k) -> (S, k, J)."""
+        return _times(self.N, cr.from_core(self.cross, v, self.N.shape[-1]))
+
+    def transposed(self, x: jax.Array) -> jax.Array:
+        """Σ_i P_i'x_i: (S, k, J) -> (d, k)."""
+        return cr.to_core(self.cross, lk.per_level(self.N, x), self.d)
+
+    def conjugate(self, Q: jax.Array) -> jax.Array:
+        """P_iQP_i': (d, d) -> (S, S, J)."""
+        middle = cr.conjugate_core(self.cross, Q, self.N.shape[-1])
+        return _inner(_times(self.N, middle), self.N)
+
+    def weigh(self, e: jax.Array) -> jax.Array:
+        """Σ_i P_i'e_kP_i: (k, S, S) -> (k, d, d)."""
+        products = [lk.per_level(self.N, lk.scale_rows(x.T, self.N)) for x in e]
+        return jnp.stack([cr.conjugate_levels(self.cross, G, self.d) for G in products])
+
+
+# -------------------------------------------------------------------------------------------------
+# Pieces
+# -------------------------------------------------------------------------------------------------
+
+
 class Pieces(NamedTuple):
     """What the closed forms need at θ. ``k`` counts the parameters of the part named."""
 
     red: lk.Reduction
+    lams: list[jax.Array]  # Λ per factor, chain first
     a: jax.Array  # a_i, (S, S, J)
-    P: jax.Array  # P_i, (S, d, J)
+    every_a: jax.Array  # a_i times the number of levels that it stands for (Gram.times)
+    P: Any  # DenseP or SparseP
     T: jax.Array  # rows of T of the chain, (S, p + 1, J)
     T_core: jax.Array  # rows of T of the core, (d, p + 1)
     K: jax.Array  # (d, d)
-    Q: jax.Array  # (d, d)
+    half: jax.Array  # M Λ_c', (d, d)
+    Q: jax.Array  # Λ_c M Λ_c', (d, d)
     v: jax.Array  # (-β̂, 1)
-    M: jax.Array  # S_x⁻¹ (p, p)
+    S_inv: jax.Array  # S_x⁻¹ (p, p)
 
 
-def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs) -> Pieces:
+def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) -> Pieces:
     """From the factorisation: with W = U⁻'Λ'(·), Z₁'V₁⁻¹B = B - W_A'W_B, no inverse formed."""
-    red, d = lk.reduce(layout, theta, gram, rhs), layout.d
+    red, d = lk.reduce(layout, theta, gram, rhs, units), layout.d
     f = red.factorised
     W_A = lk.forward_substitute(f.U[0], lk.scale_rows(f.lams[0], gram.own[0]))
     W_B = jnp.concatenate([f.border[0], red.row.chain[0][:, None]], axis=1)
     B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
     a = gram.own[0] - lk.per_level(W_A, W_A)
-    P = B - lk.per_level(W_A, W_B)
+    every_a = a * gram.times[0] if gram.times else a
+    fixed = B - lk.per_level(W_A, W_B)
+    P: DenseP | SparseP
+    if f.root is None:
+        P, fixed = DenseP(fixed[:, :d]), fixed[:, d:]
+    else:
+        eye = jnp.eye(a.shape[0], dtype=theta.dtype)[..., None]
+        P = SparseP(eye - lk.per_level(W_A, f.root), gram.cross, d)
     K = jnp.concatenate([f.schur[:d], red.row.schur[:d, None]], axis=1)
-    half = lk.scale_core(layout, f.lams[1:], jnp.eye(d, dtype=theta.dtype)).T
-    half = jax.scipy.linalg.solve_triangular(f.core[:d, :d], half, lower=True)
-    Q = half.T @ half
+    transposed = [lam.T for lam in f.lams[1:]]
+    half = lk.scale_core(layout, transposed, lk.inverse_from_cholesky(f.core[:d, :d]))
+    Q = lk.scale_core(layout, transposed, half.T)
     QK = Q @ K[:, d:]
-    T, T_core = P[:, d:] - _left(QK.T, P[:, :d]), K[:, d:] - K[:, :d] @ QK
+    T, T_core = fixed - P.apply(QK) if d else fixed, K[:, d:] - K[:, :d] @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
-    return Pieces(red, a, P[:, :d], T, T_core, K[:, :d], Q, v, lk.unscaled_vcov(red))
+    lams = list(f.lams)
+    return Pieces(red, lams, a, every_a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
 
 
 def _left(A: jax.Array, x: jax.Array) -> jax.Array:
     """A x for every row of the level's block: (k, m), (S, m, J) -> (S, k, J)."""
     return jnp.stack([A @ rows for rows in x])
+
+
+def _times(N: jax.Array, x: jax.Array) -> jax.Array:
+    """N x per level: (S, R, J), (R, k, J) -> (S, k, J)."""
+    return jnp.sum(N[:, :, None] * x[None], axis=1)
 
 
 def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -116,16 +297,16 @@ def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
     return (x.reshape(-1, J) @ y.reshape(-1, J).T).reshape(*x.shape[:-1], *y.shape[:-1])
 
 
-def _sigmas(layout: Layout, theta: jax.Array) -> list[jax.Array]:
+def _sigmas(layout: Layout, theta: jax.Array, units: Any) -> list[jax.Array]:
     """Σ = ΛΛ' per factor, chain first."""
-    lams = lk.factors(layout, theta)
+    lams = lk.factors(layout, theta, units)
     blocks = [lk.factor_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core)]
     return [b @ b.T for b in blocks]
 
 
-def _sigma_derivatives(layout: Layout, theta: jax.Array) -> list[jax.Array]:
+def _sigma_derivatives(layout: Layout, theta: jax.Array, units: Any) -> list[jax.Array]:
     """∂Σ/∂θ per factor, (n_theta, S, S)."""
-    slopes = jax.jacfwd(lambda t: _sigmas(layout, t))(theta)
+    slopes = jax.jacfwd(lambda t: _sigmas(layout, t, units))(theta)
     return [jnp.moveaxis(s, -1, 0) for s in slopes]
 
 
@@ -179,7 +360,7 @@ def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
 def _traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
     """2 tr(C T'E_k Ã E_l T) - tr(Ã E_k Ã E_l), (n_theta, n_theta)."""
     H = _inner(_left(C, k.T), k.T)
-    hessian = _double(_outer(2 * H - k.a, k.a), E[0], E[0])
+    hessian = _double(_outer(2 * H - k.every_a, k.a), E[0], E[0])
     if not layout.core:
         return hessian
     return hessian + _core_traces(layout, k, E, C)
@@ -197,9 +378,9 @@ def _core_traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) ->
     IQK = jnp.eye(layout.d, dtype=C.dtype) - k.Q @ k.K
     A_cc = k.K @ IQK
     # chain with chain
-    mixed = _outer(_inner(_left(k.Q, k.P), k.P), k.a)
-    M = jnp.einsum("kab,adbe->kde", e, _outer(k.P, k.P))
-    G = jnp.einsum("kab,adbm->kdm", e, _outer(k.P, k.T))
+    mixed = _outer(k.P.conjugate(k.Q), k.a)
+    M = k.P.weigh(e)
+    G = jnp.stack([k.P.transposed(lk.scale_rows(x.T, k.T)) for x in e])
     QM, QG = _left(k.Q, M), _left(k.Q, G)
     chain = _double(mixed, e, e)
     chain = chain + chain.T - jnp.einsum("kde,led->kl", QM, QM)
@@ -220,40 +401,111 @@ def _core_traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) ->
     return whole.at[mine].add(across).at[:, mine].add(across.T)
 
 
-def closed_form(layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs) -> Derivatives:
-    """The formulas of the module's header, for a layout with one factor in the chain."""
-    k, E = _pieces(layout, theta, gram, rhs), _sigma_derivatives(layout, theta)
+def closed_form(
+    layout: Layout,
+    method: str,
+    theta: jax.Array,
+    gram: Gram,
+    rhs: Rhs,
+    units: Any = (),
+    order: int = 2,
+    exact: bool = True,
+) -> Derivatives:
+    """The formulas of the module's header, for a layout with one factor in the chain.
+
+    ``order=1`` leaves the curvature at zero; ``exact=False`` gives the average information.
+    """
+    k, E = _pieces(layout, theta, gram, rhs, units), _sigma_derivatives(layout, theta, units)
     p, reml = k.red.p, method == "REML"
     ratio = 1.0 / lk.profiled_sigma2(k.red, method)  # ν / r²
     C = ratio * jnp.outer(k.v, k.v)
     if reml:
-        C = C.at[:p, :p].add(k.M)
+        C = C.at[:p, :p].add(k.S_inv)
     gamma = _gamma(layout, k, C)
-    gradient = _pair(gamma, E)
+    value, gradient = lk.deviance(k.red, method), _pair(gamma, E)
+    if order < 2:
+        return value, gradient, jnp.zeros((len(theta), len(theta)), theta.dtype)
 
     def linear_in_sigma(t: jax.Array) -> jax.Array:
-        return _pair(gamma, [s[None] for s in _sigmas(layout, t)])[0]
+        return _pair(gamma, [s[None] for s in _sigmas(layout, t, units)])[0]
 
-    hessian = jax.hessian(linear_in_sigma)(theta) + _traces(layout, k, E, C)
-    S_dot = _s_dot(layout, k, E)
+    hessian = jax.hessian(linear_in_sigma)(theta)
+    if exact:
+        hessian = hessian + _curvature(layout, k, E, C, ratio, reml)
+    else:
+        hessian = hessian + _average(layout, k, E, ratio)
+    return value, gradient, 0.5 * (hessian + hessian.T)
+
+
+def _curvature(
+    layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array, ratio: jax.Array, reml: bool
+) -> jax.Array:
+    """The Hessian less its term in ∂²Σ."""
+    p, S_dot = k.red.p, _s_dot(layout, k, E)
     S_v = S_dot @ k.v
     along = S_v @ k.v
-    hessian = hessian - 2 * ratio * S_v[:, :p] @ k.M @ S_v[:, :p].T
+    hessian = _traces(layout, k, E, C) - 2 * ratio * S_v[:, :p] @ k.S_inv @ S_v[:, :p].T
     hessian = hessian - ratio / k.red.r2 * jnp.outer(along, along)
     if reml:
-        MS = jnp.einsum("ij,kjm->kim", k.M, S_dot[:, :p, :p])
+        MS = jnp.einsum("ij,kjm->kim", k.S_inv, S_dot[:, :p, :p])
         hessian = hessian - jnp.einsum("kij,lji->kl", MS, MS)
-    return lk.deviance(k.red, method), gradient, 0.5 * (hessian + hessian.T)
+    return hessian
+
+
+def _average(layout: Layout, k: Pieces, E: list[jax.Array], ratio: jax.Array) -> jax.Array:
+    """The average information less its term in ∂²Σ: a few products with vectors a parameter."""
+    p = k.red.p
+    t = jnp.sum(k.T * k.v[None, :, None], axis=1)  # (S, J)
+    w = jnp.einsum("kab,bj->akj", E[0], t)
+    t_core = k.T_core @ k.v
+    w_core = _apply_core(layout, E[1:], t_core[:, None])[..., 0].T  # (d, n_theta)
+    Kw = k.K @ w_core
+    u = k.P.transposed(w)
+    Aw = _times(k.a, w) + k.P.apply(w_core - k.Q @ (Kw + u))
+    Aw_core = Kw - k.K @ (k.Q @ Kw) + u - k.K @ (k.Q @ u)
+    q = jnp.einsum("akj,alj->kl", w, Aw) + w_core.T @ Aw_core
+    S_v = jnp.einsum("amj,akj->km", k.T, w) + w_core.T @ k.T_core
+    along = S_v @ k.v
+    q = q - S_v[:, :p] @ k.S_inv @ S_v[:, :p].T
+    return ratio * q - ratio / k.red.r2 * jnp.outer(along, along)
 
 
 def _gamma(layout: Layout, k: Pieces, C: jax.Array) -> list[jax.Array]:
-    """Sums of the diagonal blocks of Ã - T C T' per factor, (S, S) each."""
-    chain = jnp.sum(k.a - _inner(_left(C, k.T), k.T), axis=-1)
+    """Sums of the diagonal blocks of Γ = Ã - T C T' per factor, (S, S) each."""
+    chain = jnp.sum(k.every_a - _inner(_left(C, k.T), k.T), axis=-1)
     if not layout.core:
         return [chain]
-    chain = chain - jnp.sum(_inner(_left(k.Q, k.P), k.P), axis=-1)
-    core = k.K - k.K @ k.Q @ k.K - k.T_core @ C @ k.T_core.T
-    return [chain, *_core_sums(layout, core)]
+    chain = chain - jnp.sum(k.P.conjugate(k.Q), axis=-1)
+    data = [
+        jnp.einsum("jam,mn,jbn->ab", t, C, t)
+        for t in (k.T_core[at].reshape(J, S, -1) for at, J, S in _core_blocks(layout))
+    ]
+    return [chain, *(a - b for a, b in zip(_core_gamma(layout, k), data, strict=True))]
+
+
+def _core_gamma(layout: Layout, k: Pieces) -> list[jax.Array]:
+    """Sums of the diagonal blocks of Ã_cc = K - KQK per factor.
+
+    From Ã_cc Λ = K Λ M by elementwise products where Λ can be inverted, which spares a product of
+    (d, d) matrices.
+    """
+    lams = k.lams[1:]
+
+    def directly() -> list[jax.Array]:
+        return _core_sums(layout, k.K - k.K @ k.Q @ k.K)
+
+    def one_sided() -> list[jax.Array]:
+        out = []
+        for (at, J, S), lam in zip(_core_blocks(layout), lams, strict=True):
+            x, y = k.K[at].reshape(J, S, -1), k.half[at].reshape(J, S, -1)
+            rows = [[jnp.sum(x[:, a] * y[:, b]) for b in range(S)] for a in range(S)]
+            out.append(jnp.linalg.solve(lam.T, jnp.array(rows).T).T)
+        return out
+
+    if layout.d < LARGE_CORE:
+        return directly()
+    smallest = [jnp.min(jnp.abs(jnp.diagonal(jnp.linalg.qr(lam)[1]))) for lam in lams]
+    return jax.lax.cond(jnp.min(jnp.stack(smallest)) > 1e-3, one_sided, directly)
 
 
 def vcov_and_derivative(
@@ -267,9 +519,9 @@ def vcov_and_derivative(
             return lk.profiled_sigma2(red, method) * lk.unscaled_vcov(red)
 
         return vcov(theta), jax.jacfwd(vcov)(theta)
-    k = _pieces(layout, theta, gram, rhs)
+    k = _pieces(layout, theta, gram, rhs, ())
     p, s2 = k.red.p, lk.profiled_sigma2(k.red, method)
-    S_dot = jnp.moveaxis(_s_dot(layout, k, _sigma_derivatives(layout, theta)), 0, -1)
+    S_dot = jnp.moveaxis(_s_dot(layout, k, _sigma_derivatives(layout, theta, ())), 0, -1)
     slope = -jnp.einsum("m,mnk,n->k", k.v, S_dot, k.v) / lk.residual_df(k.red, method)
-    dM = jnp.einsum("ia,abk,bj->ijk", k.M, S_dot[:p, :p], k.M)
-    return s2 * k.M, k.M[..., None] * slope + s2 * dM
+    dM = jnp.einsum("ia,abk,bj->ijk", k.S_inv, S_dot[:p, :p], k.S_inv)
+    return s2 * k.S_inv, k.S_inv[..., None] * slope + s2 * dM

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -139,6 +139,8 @@ class DesignSpec:
     offset : Node, ``"array"`` or None
         Where the argument ``offset=`` came from.
     safe : bool
+    alias : (p, P - p) float64 or None
+        The aliased columns as combinations of those kept; None if all are kept.
     """
 
     parsed: ParsedFormula
@@ -149,6 +151,7 @@ class DesignSpec:
     levels: dict[str, tuple[str, ...] | None]
     offset: Node | str | None
     safe: bool
+    alias: np.ndarray | None = None
 
     @property
     def term_variables(self) -> dict[str, tuple[str, ...]]:
@@ -159,6 +162,13 @@ class DesignSpec:
             label: tuple(terms.variables[v] for v in term)
             for label, term in zip(terms.labels, terms.terms, strict=True)
         }
+
+    def fixed_columns(self, newdata: Any) -> np.ndarray:
+        """All columns of the fixed part on new data, the aliased ones included: (m, P)."""
+        table = Table(newdata, "newdata")
+        columns = table.read(self.parsed.terms.nodes)
+        ev = Evaluator(columns, len(table), self.states, learn=False, safe=self.safe)
+        return _new_matrix(self.parsed.terms, self.codings, ev)
 
     def new(self, newdata: Any, *, random: bool = True, offset: Any = None) -> NewDesign:
         """Code new data with the levels, centres and polynomials of training.
@@ -258,6 +268,8 @@ class Design:
     missing : dict of str to int
         Variable -> rows in which it is missing.
     spec : DesignSpec
+    columns : dict of Series
+        Raw columns of the fixed part in the rows used, not copied: for reference grids.
     residual : Residuals or None
         Arrays of the residual structure; None where the residuals are independent.
     """
@@ -279,6 +291,7 @@ class Design:
     n_dropped: int
     missing: dict[str, int]
     spec: DesignSpec = field(repr=False)
+    columns: dict[str, pd.Series] = field(repr=False, default_factory=dict)
     residual: Residuals | None = field(default=None, repr=False)
 
     @property
@@ -396,6 +409,7 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         levels=_raw_levels(raw),
         offset=raw.offset_source,
         safe=safe,
+        alias=None if keep.all() else _aliases(full.X, keep),
     )
     intercept = parsed.terms.intercept
     return Design(
@@ -416,7 +430,17 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         n_dropped=raw.n_dropped,
         missing=raw.missing,
         spec=spec,
+        columns={name: raw.columns[name] for name in raw.raw_fixed},
     )
+
+
+def _aliases(X: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Coefficients of the dependent columns on the independent ones, (p, P - p)."""
+    size = np.sqrt(np.mean(X**2, axis=0))
+    size[size == 0] = 1.0
+    unit = X / size
+    found = np.linalg.lstsq(unit[:, keep], unit[:, ~keep], rcond=None)[0]
+    return found * size[~keep] / size[keep][:, None]
 
 
 def _term(
@@ -548,7 +572,8 @@ def _match(factor: Factor, levels: np.ndarray, name: str) -> np.ndarray:
     if np.any(place < 0):
         raise DataError(
             f"found level {used.levels[place < 0][0]!r} of {name} in newdata, which was not in "
-            f"training; expected one of {', '.join(levels)}."
+            f"training; expected one of {', '.join(levels)}. Leave these rows out, or fit "
+            "the model with data that have the level."
         )
     return np.append(place, np.int32(-1))[used.codes]
 
@@ -591,17 +616,22 @@ def _check_weights(weights: np.ndarray, rows: pd.Index) -> None:
     if bad.size:
         raise DataError(
             f"found {bad.size} weights that are not positive (first: {weights[bad[0]]:g} in row "
-            f"{rows[bad[0]]}); expected weights > 0. Remove these rows."
+            f"{rows[bad[0]]}); expected weights > 0 (varfixed(v) makes them 1/v). Remove them."
         )
 
 
 def _check_terms(design: Design) -> None:
     for term, spec in zip(design.terms, design.spec.random, strict=True):
         if len(term.levels) < 2:
-            raise DesignError(
-                f"found one level ({term.levels[0]}) of the grouping factor {term.group} among the "
-                f"rows used; expected at least 2. Remove {spec.bar.text}."
-            )
+            refuse_one_level(term, spec)
+
+
+def refuse_one_level(term: Any, spec: RandomSpec) -> NoReturn:
+    """Raise DesignError: a grouping factor needs two levels."""
+    raise DesignError(
+        f"found one level ({term.levels[0]}) of the grouping factor {term.group} among the "
+        f"rows used; expected at least 2. Remove {spec.bar.text}."
+    )
 
 
 def check_identifiable(design: Design) -> None:

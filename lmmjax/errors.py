@@ -37,6 +37,10 @@ class SingularFitWarning(UserWarning):
     """A variance component or a correlation is on the boundary of its range."""
 
 
+class EstimabilityWarning(UserWarning):
+    """The data do not determine what was asked for: empty cells, aliased columns."""
+
+
 class ResidualWarning(UserWarning):
     """Positions of a residual structure are doubtful, or its parameters are not identified."""
 

@@ -17,6 +17,7 @@ from lmmjax import derivatives, optimize
 from lmmjax import likelihood as lk
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.optimize import Optimum
+from lmmjax.start import identity
 
 
 class Estimates(NamedTuple):
@@ -32,6 +33,8 @@ def criterion(
     layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, sigma2: Any = None
 ) -> jax.Array:
     """-2 log-likelihood in standardised units, profiled over σ² unless given."""
+    if sigma2 is None:
+        return derivatives.profiled(layout, method, theta, gram, rhs)
     return lk.deviance(lk.reduce(layout, theta, gram, rhs), method, sigma2)
 
 
@@ -45,7 +48,7 @@ def optimise(
         return criterion(layout, method, theta, gram, rhs)
 
     def vgh(theta: jax.Array) -> derivatives.Derivatives:
-        return derivatives.value_gradient_hessian(layout, method, theta, gram, rhs)
+        return derivatives.for_optimiser(layout, method, theta, gram, rhs)
 
     if layout.n_theta == 0:
         best = optimize.linear(f, theta0)
@@ -54,12 +57,9 @@ def optimise(
     else:
         transform = optimize.named_transform(optimizer) if isinstance(optimizer, str) else optimizer
         best = optimize.descend(f, vgh, theta0, transform)
-    return best, _estimates(layout, method, gram, rhs, best.theta)
-
-
-def _estimates(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta: jax.Array) -> Estimates:
-    red = lk.reduce(layout, theta, gram, rhs)
-    return Estimates(lk.fixef(red), lk.unscaled_vcov(red), lk.profiled_sigma2(red, method), red.r2)
+    red = lk.reduce(layout, best.theta, gram, rhs)
+    est = Estimates(lk.fixef(red), lk.unscaled_vcov(red), lk.profiled_sigma2(red, method), red.r2)
+    return best._replace(value=lk.deviance(red, method)), est
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -70,6 +70,12 @@ def effects(
     red = lk.reduce(layout, theta, gram, rhs)
     b = lk.ranef(layout, gram, red, lk.fixef(red))
     return b, lk.ranef_cov(layout, theta, gram)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def hessian(layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs) -> jax.Array:
+    """Exact Hessian of the profiled criterion, where the optimiser used an approximation."""
+    return derivatives.value_gradient_hessian(layout, method, theta, gram, rhs)[2]
 
 
 vcov_and_derivative = jax.jit(derivatives.vcov_and_derivative, static_argnums=(0, 1))
@@ -93,7 +99,6 @@ def unscaled_prediction_variance(
     return jax.vmap(one)(rows)
 
 
-def start(layout: Layout) -> Any:
+def start(layout: Layout) -> np.ndarray:
     """Identity Λ for every term, in standardised units."""
-
-    return np.concatenate([np.zeros(0), *(s.start() for s in layout.structures)])
+    return identity(layout)

@@ -19,6 +19,7 @@ import pandas as pd
 from lmmjax.errors import DataError, FormulaError
 from lmmjax.expr import Call, Name, Node, Number, Text, deparse
 from lmmjax.transforms import STATEFUL, SUMMARIES
+from lmmjax.values import Values
 
 __all__ = ["FACTOR_CALLS", "Evaluator", "Factor", "Logical", "Matrix", "cross", "to_factor"]
 
@@ -335,6 +336,10 @@ class Evaluator:
             return factor_from_series(series)
         return to_factor(self.variable(node))
 
+    def group(self, nodes: tuple[Node, ...], name: str) -> Factor:
+        """Evaluate a grouping factor, crossed where it has several variables."""
+        return cross([self.factor(node) for node in nodes], name)
+
     def _name(self, node: Name) -> Value:
         if node.id in self.columns:
             return self.column(node.id)
@@ -355,7 +360,7 @@ class Evaluator:
         if isinstance(value, Factor | str):
             raise DataError(
                 f"found text or a categorical, {deparse(node)}, where numbers were expected; "
-                "use it as a factor, or convert the column."
+                "convert the column (a factor can stand only for itself, as a term of the formula)."
             )
         return value
 
@@ -448,8 +453,7 @@ class Evaluator:
         if x.shape != (self.n,):
             raise FormulaError(f"found {text}; the first argument must be one numeric column.")
         if self.learn and text not in self.states:
-            args, keys = self._arguments(node, node.args[1:])
-            self.states[text] = _guard(node, lambda: transform.fit(x, *args, **keys))
+            self.states[text] = self.fit_state(node, Values(x))
         result = transform.apply(x, self.states[text])
         return Matrix(result) if result.ndim == 2 else result
 
@@ -457,8 +461,16 @@ class Evaluator:
         text = deparse(node)
         if self.learn and text not in self.states:
             x = np.asarray(self.numeric(self._only(node)), float)
-            self.states[text] = float(SUMMARIES[node.fn](x[~np.isnan(x)]))
+            self.states[text] = self.fit_state(node, Values(x))
         return self.states[text]
+
+    def fit_state(self, node: Call, values: Values) -> Any:
+        """Learn what a transform or a summary keeps of the values of its argument."""
+        if node.fn in SUMMARIES:
+            self._only(node)
+            return float(SUMMARIES[node.fn](values))
+        args, keys = self._arguments(node, node.args[1:])
+        return _guard(node, lambda: STATEFUL[node.fn].fit(values, *args, **keys))
 
     def _ifelse(self, node: Call) -> np.ndarray:
         if len(node.args) != 3:

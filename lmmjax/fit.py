@@ -15,18 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import estimate, tables
+from lmmjax.buckets import with_dummies
+from lmmjax.derivatives import is_approximate
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
 from lmmjax.gram import Gram, Rhs
+from lmmjax.inference.hypothesis import check_df, check_information
+from lmmjax.inference.methods import InferenceMethods
 from lmmjax.optimize import CONVERGED, FLAT_STOP, STATUS, newton_decrement
 from lmmjax.precision import in_float64
 from lmmjax.simulate import simulate
+from lmmjax.threads import SMALL, one_blas_thread
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lmmjax.bootstrap import Bootstrap
     from lmmjax.model import Model
-
-DF_METHODS = ("satterthwaite", "residual", "wald")
 
 #: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
 SINGULAR_TOLERANCE = 1e-4
@@ -40,7 +44,7 @@ class MarginalCov(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class Fit(InferenceMethods):
     """A fitted model (frequentist). Immutable; made by :meth:`lmmjax.Model.fit`.
 
     Attributes
@@ -81,9 +85,10 @@ class Fit:
     seconds: float
     gradient: np.ndarray = field(repr=False)
     _theta_s: np.ndarray = field(repr=False)
-    _hessian_s: np.ndarray = field(repr=False)
+    _curvature_s: np.ndarray = field(repr=False)
     _beta: np.ndarray = field(repr=False)
     _unscaled_vcov: np.ndarray = field(repr=False)
+    information: str = "expected"  # of Kenward-Roger, by default
     phi: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
     _residual_sd: float = 1.0  # S of the row that σ refers to, in the units of the source
 
@@ -127,91 +132,30 @@ class Fit:
         """-2 log-likelihood + log(n) n_params, n = rows (as lme4, for ML and REML)."""
         return self.deviance + math.log(self.n_obs) * self.n_params
 
-    def vcov(self, kind: str = "model") -> pd.DataFrame:
-        """Covariance of the fixed effects, (p, p).
-
-        Parameters
-        ----------
-        kind : {"model"}
-            σ²(X'V⁻¹X)⁻¹ at the estimates.
-        """
-        import pandas as pd
-
-        if kind != "model":
-            raise LmmError(f"vcov(kind={kind!r}) is unknown; expected 'model'.")
-        names = list(self.model.design.x_names)
-        return pd.DataFrame(self.sigma**2 * self._unscaled_vcov, index=names, columns=names)
-
     @property
     def std_errors(self) -> np.ndarray:
         """Standard errors of the fixed effects, (p,)."""
         return self.sigma * np.sqrt(np.diag(self._unscaled_vcov))
 
-    # -- tests of coefficients ------------------------------------------------------------------
-
-    def coef_table(self, df: str | None = None, level: float = 0.95) -> pd.DataFrame:
-        """Estimates, standard errors, degrees of freedom, tests and intervals per coefficient.
-
-        Parameters
-        ----------
-        df : {"satterthwaite", "residual", "wald"}, optional
-            "wald" is the normal limit (infinite df). Default: the fit's.
-        level : float
-            Of the confidence intervals.
-
-        Returns
-        -------
-        DataFrame
-            Columns ``estimate std_error df statistic p_value ci_low ci_high``.
-        """
-        method = check_df(df) if df is not None else self.df
-        return tables.t_table(
-            self._beta,
-            self.std_errors,
-            self._degrees(method),
-            list(self.model.design.x_names),
-            level,
-        )
-
-    def _degrees(self, method: str) -> np.ndarray:
-        p = len(self._beta)
-        if method == "satterthwaite":
-            return self._satterthwaite(np.eye(p))
-        return np.full(p, np.inf if method == "wald" else float(self.n_obs - p))
-
-    def _satterthwaite(self, L: np.ndarray) -> np.ndarray:
-        """Satterthwaite df of each row of L β; see :func:`lmmjax.satterthwaite.degrees`."""
-        from lmmjax.satterthwaite import degrees
-
-        V, dV = self._vcov_derivative
-        nu = self.n_obs - (len(self._beta) if self.method == "REML" else 0)
-        return degrees(L, V, dV, self._hessian_s, float(nu))
-
     @cached_property
     @in_float64
-    def _vcov_derivative(self) -> tuple[np.ndarray, np.ndarray]:
+    def _hessian_s(self) -> np.ndarray:
+        """Exact Hessian in standardised units; for a large crossed core only now computed."""
         layout = self.model._plan.layout
-        if self.model.is_structured:
-            from lmmjax.residual import program
+        if self.model.is_structured or not is_approximate(layout):
+            return self._curvature_s
+        the_gram, rhs = self.model._on_device
+        with one_blas_thread():
+            return np.asarray(estimate.hessian(layout, self.method, self._theta_s, the_gram, rhs))
 
-            free = jnp.asarray(np.concatenate([self._theta_s, self.phi]))
-            V, dV = program.vcov_and_derivative(layout, self.method, free, self.model._prepared[2])
-        else:
-            V, dV = estimate.vcov_and_derivative(
-                layout, self.method, jnp.asarray(self._theta_s), *self._products
-            )
-        units = self.model._units
-        back = units.scale * units.A
-        return back @ np.asarray(V) @ back.T, np.einsum(
-            "ia,abk,jb->ijk", back, np.asarray(dV), back
-        )
-
-    @cached_property
-    @in_float64
+    @property
     def _products(self) -> tuple[Gram, Rhs]:
         """Cross-products at the estimated residual parameters (constants where there are none)."""
-        if not self.model.is_structured:
-            return self.model._standard[2:]
+        return self._structured_products if self.model.is_structured else self.model._on_device
+
+    @cached_property
+    @in_float64
+    def _structured_products(self) -> tuple[Gram, Rhs]:
         from lmmjax.residual import program
 
         arrays = program.crossproducts(self.model._prepared[2], jnp.asarray(self.phi))
@@ -319,7 +263,7 @@ class Fit:
         out = []
         for term in self.model.design.terms:
             first = at.get(term.group, 0)
-            S = term.z.shape[1]
+            S = len(term.names)
             out.append(self._effects[term.group][0][:, first : first + S])
             at[term.group] = first + S
         return out
@@ -439,6 +383,38 @@ class Fit:
 
         return wald(self, level)
 
+    # -- resampling -----------------------------------------------------------------------------
+
+    def bootstrap(self, n: int = 1000, seed: int = 0) -> Bootstrap:
+        """Parametric bootstrap: simulate from the fit, refit every replicate in one batch.
+
+        Parameters
+        ----------
+        n : int
+            Replicates.
+        seed : int
+            The same seed gives the same numbers.
+
+        Returns
+        -------
+        lmmjax.bootstrap.Bootstrap
+            ``.replicates``, ``.confint(kind="percentile" | "studentized")``, ``.n_failed`` ...
+
+        Notes
+        -----
+        Replicates are drawn as cross-products, exactly, at no cost in the number of rows.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> fit = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff")).fit()
+        >>> fit.bootstrap(200, seed=1).replicates.shape
+        (200, 3)
+        """
+        from lmmjax.bootstrap import bootstrap
+
+        return bootstrap(self, n, seed)
+
     # -- people ---------------------------------------------------------------------------------
 
     def summary(self) -> str:
@@ -461,13 +437,6 @@ class Fit:
 # -------------------------------------------------------------------------------------------------
 
 
-def check_df(df: str) -> str:
-    """Refuse an unknown method of degrees of freedom."""
-    if df not in DF_METHODS:
-        raise LmmError(f"df={df!r} is unknown; expected one of {', '.join(map(repr, DF_METHODS))}.")
-    return df
-
-
 def _optimizer_key(optimizer: Any) -> tuple[Any, str]:
     """What the compiled program takes, and a name for the result."""
     if isinstance(optimizer, str):
@@ -487,8 +456,7 @@ def _optimizer_key(optimizer: Any) -> tuple[Any, str]:
 
 def _start(model: Model, start: Any) -> np.ndarray:
     if start is None:
-        first = estimate.start(model._plan.layout)
-        return np.append(first, model._source().start()) if model.is_structured else first
+        return model._start
     theta = np.asarray(start, float)
     names = [*model.theta_names, *model.phi_names]
     if theta.shape != (len(names),) or not np.all(np.isfinite(theta)):
@@ -517,7 +485,15 @@ def _diagonal(model: Model) -> np.ndarray:
 
 
 @in_float64
-def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, start: Any) -> Fit:
+def fit_model(
+    model: Model,
+    method: str,
+    *,
+    df: str | None,
+    optimizer: Any,
+    start: Any,
+    information: str = "expected",
+) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
     from lmmjax.design import check_identifiable
     from lmmjax.residual.checks import warn_redundant
@@ -525,24 +501,26 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
     check_identifiable(model.design)
     warn_redundant(model.design)
     uncertain = model.is_mixed or model.is_structured
-    df = check_df(df) if df is not None else ("satterthwaite" if uncertain else "residual")
+    default = "satterthwaite" if uncertain else "residual"
+    df = default if df is None else check_df(df, method)
     key, name = _optimizer_key(optimizer)
-    layout, units = model._plan.layout, model._units
-    theta0 = jnp.asarray(_start(model, start), model.dtype)
+    layout, units, p = model._plan.layout, model._units, model.design.p
+    theta0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
-    best, est = jax.block_until_ready(_optimise(model, method, theta0, key))
+    with one_blas_thread(layout.d + layout.p >= SMALL):
+        best, est = jax.device_get(_optimise(model, method, theta0, key))
     seconds = time.perf_counter() - began
     theta_s, phi = np.split(np.asarray(best.theta, float), [layout.n_theta])
     sd = _residual_sd(model, phi)
     hessian = np.asarray(best.hessian, float)
     boundary = _boundary(model, theta_s)
-    converged, words = _judge(best, hessian, method, model.dtype)
+    converged, words = _judge(best, hessian, method, model.dtype, name)
     fit = Fit(
         model=model,
         method=method,
         df=df,
         optimizer=name,
-        theta=model._theta_public(theta_s, sd),
+        theta=_frozen(model._theta_public(theta_s, sd)),
         sigma=units.scale * math.sqrt(float(est.sigma2)) * sd,
         loglik=-0.5 * (float(best.value) + units.constant(method)),
         converged=converged,
@@ -550,12 +528,13 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
         message="; ".join([words, *boundary]),
         n_evals=int(best.n_evals),
         seconds=seconds,
-        gradient=np.asarray(best.gradient, float),
+        gradient=_frozen(np.array(best.gradient, float)),
         _theta_s=theta_s,
-        _hessian_s=hessian,
-        _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float),
-        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float) @ units.A.T / sd**2,
-        phi=phi,
+        _curvature_s=hessian,
+        _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float)[:p],
+        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float)[:p, :p] @ units.A.T / sd**2,
+        information=check_information(information),
+        phi=_frozen(phi),
         _residual_sd=sd,
     )
     if not converged:
@@ -565,13 +544,16 @@ def fit_model(model: Model, method: str, *, df: str | None, optimizer: Any, star
     return fit
 
 
-def _optimise(model: Model, method: str, theta0: jax.Array, key: Any) -> Any:
-    layout = model._plan.layout
+def _optimise(model: Model, method: str, theta0: np.ndarray, key: Any) -> Any:
+    """The compiled fit: with residual parameters, or in the bucket of the model's shapes."""
     if model.is_structured:
         from lmmjax.residual import program
 
+        layout = model._plan.layout
         return program.optimise(layout, method, model._source(), theta0, optimizer=key)
-    return estimate.optimise(layout, method, *model._arrays(), theta0, optimizer=key)
+    layout, the_gram, rhs = model._padded
+    the_gram = with_dummies(the_gram, layout.p - model.design.p, method)
+    return estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
 
 
 def _residual_sd(model: Model, phi: np.ndarray) -> float:
@@ -582,7 +564,13 @@ def _residual_sd(model: Model, phi: np.ndarray) -> float:
     return float(s.variances.reference(jnp.asarray(phi[s.n_corr :])))
 
 
-def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[bool, str]:
+def _frozen(values: np.ndarray) -> np.ndarray:
+    """The array, closed to writing: results are immutable."""
+    values.setflags(write=False)
+    return values
+
+
+def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str, name: str) -> tuple[bool, str]:
     """Convergence by what a Newton step still promises and by the curvature, in words."""
     if len(hessian) == 0:
         return True, "closed form"
@@ -593,9 +581,8 @@ def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[boo
             "size or a response that the model fits exactly"
         )
     gradient = np.asarray(best.gradient, float)
-    promised = newton_decrement(gradient, hessian)
+    promised, lowest = newton_decrement(gradient, hessian)
     tolerance = 1e-6 if dtype == "float64" else 1e-2
-    lowest = float(np.linalg.eigvalsh(hessian)[0])
     curved = lowest > -1e-6 * max(1.0, float(np.abs(hessian).max()))
     largest = float(np.max(np.abs(gradient)))
     checks = f"{best.n_evals} evaluations, largest gradient {largest:.1g}"
@@ -606,9 +593,15 @@ def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str) -> tuple[boo
     reason = STATUS[status] if not curved or status != CONVERGED else "the gradient is not zero"
     if not curved:
         reason += ", at a saddle point"
+    remedy = (
+        "use another start=" if name == "newton" else "use optimizer='newton', or another start="
+    )
+    if np.max(np.abs(np.asarray(best.theta))) > 1e4:
+        reason += ", the residual variance goes to 0"
+        remedy = "the random effects reproduce the response: simplify them, or check for copies"
     return False, (
         f"did not converge: {reason} ({checks}; a Newton step promises {promised:.2g} less "
-        f"{method} criterion); use optimizer='newton', or another start="
+        f"{method} criterion); {remedy}"
     )
 
 

@@ -17,11 +17,13 @@ small blocks is arithmetic on long contiguous vectors.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmmjax import cross
 from lmmjax.covariance import Covariance, covariance
 from lmmjax.errors import DesignError
 
@@ -96,7 +98,19 @@ def _standardise_x(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         np.subtract(column, mean[j], out=Xs[:, j])
         size[j] = _rms(Xs[:, j])
         Xs[:, j] /= size[j]
-    return Xs, (np.eye(len(a)) - np.outer(a, mean)) / size, a
+    return Xs, shift_matrix(a, mean, size), a
+
+
+def shift_matrix(a: np.ndarray, mean: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return the A of X A = (X - 1 mean') / size where X a = 1; means are 0 where a is not."""
+    return (np.eye(len(a)) - np.outer(a, mean)) / size
+
+
+EXACT_FIT = (
+    "the fixed effects reproduce the response exactly, so no variance is left to estimate; "
+    "expected a response with variation beyond the fixed part. Remove the predictor that "
+    "is a copy of the response, or a fixed effect per row."
+)
 
 
 def _standardise_y(
@@ -113,11 +127,7 @@ def _standardise_y(
     centred -= Xs @ coefficients
     size = _rms(centred)
     if not size > 1e-14 * max(most, np.finfo(float).tiny) or np.all(centred == 0.0):
-        raise DesignError(
-            "the fixed effects reproduce the response exactly, so no variance is left to estimate; "
-            "expected a response with variation beyond the fixed part. Remove the predictor that "
-            "is a copy of the response, or a fixed effect per row."
-        )
+        raise DesignError(EXACT_FIT)
     centred /= size
     return centred, a * shift + A @ coefficients, size
 
@@ -205,6 +215,7 @@ class Layout:
     chain: tuple[tuple[tuple[int, ...], int, int], ...]  # (terms, S, J)
     core: tuple[tuple[tuple[int, ...], int, int], ...]
     p: int
+    sparse: bool = False  # products of the chain's one factor with the core are kept by entry
 
     @property
     def n_theta(self) -> int:
@@ -222,7 +233,7 @@ class Layout:
 
     def split(self, theta: Any) -> list[Any]:
         """Cut θ into the parameters of each term."""
-        ends = np.cumsum([0, *(s.n_theta for s in self.structures)])
+        ends = itertools.accumulate((s.n_theta for s in self.structures), initial=0)
         return [theta[a:b] for a, b in itertools.pairwise(ends)]
 
 
@@ -236,6 +247,18 @@ class Plan:
     @property
     def n_chain(self) -> int:
         return len(self.layout.chain)
+
+    def words(self) -> str:
+        """The order of elimination, in words."""
+        chain, core = self.factors[: self.n_chain], self.factors[self.n_chain :]
+        if not chain:
+            return "least squares"
+        words = "level by level: " + ", then ".join(f"{f.group} ({f.J} levels)" for f in chain)
+        if not core:
+            return words
+        products = "kept by entry" if self.layout.sparse else "as dense blocks"
+        names = ", ".join(f"{f.group} ({f.J})" for f in core)
+        return f"{words}; dense core: {names}; products between them {products}"
 
 
 def _parents(child: np.ndarray, J: int, parent: np.ndarray) -> np.ndarray | None:
@@ -263,38 +286,78 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
     The largest factor goes first: its block of Z'Z is block-diagonal. Each further factor of more
     than ``dense`` columns, by falling size, joins the chain if every chain factor is nested in it,
     so that elimination fills in nothing outside its diagonal blocks. All others belong to the
-    dense core: crossed factors, and outer factors so small that elimination would not pay.
+    dense core: crossed factors, and outer factors so small that elimination would not pay. The
+    products of a chain of one factor with the core are kept sparse where that is cheaper by count
+    (``layout.sparse``).
 
     Where the residuals of a subject are correlated (``design.residual``), the subjects count as
     well: one that spans two levels of a factor couples them, so only factors in which every
     subject is nested may join the chain.
     """
+    codes = {t.group: t.codes for t in design.terms}
+    sizes = {t.group: len(t.levels) for t in design.terms}
+
+    subjects = _subjects(design)
+
+    def nested(child: str, parent: str) -> bool:
+        return _parents(codes[child], sizes[child], codes[parent]) is not None
+
+    def whole(parent: str) -> bool:
+        return all(_parents(s, J, codes[parent]) is not None for s, J in subjects)
+
+    def sparse(chain: list[Factor], core: list[Factor]) -> bool:
+        structured = getattr(design, "residual", None) is not None
+        return not structured and _prefers_lists(chain, core, codes)
+
+    return arrange(design.terms, design.p, nested, sparse, dense, whole)
+
+
+def arrange(
+    terms: Any,
+    p: int,
+    nested: Callable[[str, str], bool],
+    sparse: Callable[[list[Factor], list[Factor]], bool],
+    dense: int = DENSE,
+    whole: Callable[[str], bool] = lambda group: True,
+) -> Plan:
+    """Plan from the labels of the terms, a test of nesting (child, parent) and one of sparsity.
+
+    ``whole(group)`` tells whether no residual subject spans two levels of the group.
+    """
     groups: dict[str, list[int]] = {}
-    for k, term in enumerate(design.terms):
+    for k, term in enumerate(terms):
         groups.setdefault(term.group, []).append(k)
     factors = []
     for group, members in groups.items():
-        S = sum(design.terms[k].z.shape[1] for k in members)
-        factors.append(Factor(group, tuple(members), S, len(design.terms[members[0]].levels)))
+        S = sum(len(terms[k].names) for k in members)
+        factors.append(Factor(group, tuple(members), S, len(terms[members[0]].levels)))
     factors.sort(key=lambda f: -f.S * f.J)
-    codes = {f.group: design.terms[f.terms[0]].codes for f in factors}
     chain: list[Factor] = []
     core: list[Factor] = []
     for f in factors:
         small = bool(chain) and f.S * f.J <= dense
-        nested = not small and all(
-            _parents(inner, J, codes[f.group]) is not None
-            for inner, J in (*((codes[c.group], c.J) for c in chain), *_subjects(design))
-        )
-        (chain if nested else core).append(f)
-    structures = tuple(covariance(t.cov, t.z.shape[1]) for t in design.terms)
+        joins = not small and whole(f.group) and all(nested(c.group, f.group) for c in chain)
+        (chain if joins else core).append(f)
+    structures = tuple(covariance(t.cov, len(t.names)) for t in terms)
     layout = Layout(
         structures,
         tuple((f.terms, f.S, f.J) for f in chain),
         tuple((f.terms, f.S, f.J) for f in core),
-        design.p,
+        p,
+        sparse(chain, core),
     )
     return Plan(layout, (*chain, *core))
+
+
+def _prefers_lists(chain: list[Factor], core: list[Factor], codes: dict[str, np.ndarray]) -> bool:
+    """Whether the chain's products with the core are cheaper by entry than as dense blocks."""
+    d = sum(f.S * f.J for f in core)
+    if len(chain) != 1 or d <= DENSE:
+        return False
+    first = chain[0]
+    parts = [(codes[f.group], f.S, f.J) for f in core]
+    pairs = cross.count_pairs(codes[first.group], first.J, parts)
+    return cross.pays(pairs, first.S, first.J, d)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -305,7 +368,8 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
 class Gram(NamedTuple):
     """Cross-products that do not involve y (a pytree of arrays). They add over rows.
 
-    The *border* of a chain factor are its products with the core's Z columns and X, in this order.
+    The *border* of a chain factor are its products with the core's Z columns and X, in this order;
+    with X alone in a sparse layout, whose products with Z are kept by entry in ``cross``.
     """
 
     own: tuple[Any, ...]  # chain i: Z_i'Z_i by level, (S_i, S_i, J_i)
@@ -315,6 +379,8 @@ class Gram(NamedTuple):
     core: Any  # (d + p, d + p)
     n: Any  # rows, ()
     logdet_R: Any  # log det of the residual correlation / precision weights, ()
+    cross: Any = None  # Cross, in a sparse layout
+    times: tuple[Any, ...] = ()  # chain i: how many equal levels each stands for, (J_i,); () = 1
 
 
 class Rhs(NamedTuple):
@@ -414,13 +480,14 @@ def crossproducts(
     rest = the_plan.factors[the_plan.n_chain :]
     codes = {f.group: design.terms[f.terms[0]].codes for f in the_plan.factors}
     core = [(_stack(standardised, f), codes[f.group], f.J) for f in rest]
-    d = the_plan.layout.d
+    d, sparse = the_plan.layout.d, the_plan.layout.sparse
+    left = 0 if sparse else d  # columns of the core in the dense border
     own, up, parent, border, rhs_border = [], [], [], [], []
     stacked = [_stack(standardised, f) for f in chain]
     for i, f in enumerate(chain):
         level_sum = LevelSums(codes[f.group], f.J)
         own_i = np.empty((f.S, f.S, f.J))
-        border_i = np.empty((f.S, d + p, f.J))
+        border_i = np.empty((f.S, left + p, f.J))
         rhs_i = np.empty((f.S, f.J))
         up_i = [np.empty((f.S, g.S, f.J)) for g in chain[i + 1 :]]
         for s in range(f.S):
@@ -430,9 +497,10 @@ def crossproducts(
             for block, z in zip(up_i, stacked[i + 1 :], strict=True):
                 for t in range(z.shape[1]):
                     block[s, t] = level_sum(wz * z[:, t])
-            border_i[s, :d] = _core_columns(core, codes[f.group], f.J, wz)
+            if left:
+                border_i[s, :left] = _core_columns(core, codes[f.group], f.J, wz)
             for j in range(p):
-                border_i[s, d + j] = level_sum(wz * X[:, j])
+                border_i[s, left + j] = level_sum(wz * X[:, j])
             rhs_i[s] = level_sum(wz * y)
         own.append(own_i)
         up.append(tuple(up_i))
@@ -454,5 +522,6 @@ def crossproducts(
         _core_gram(core, X, w),
         np.float64(n),
         np.float64(0.0 if w is None else -np.sum(np.log(w))),
+        cross.entries(codes[chain[0].group], stacked[0], w, chain[0].J, core) if sparse else None,
     )
     return gram, Rhs(tuple(rhs_border), core_y[0], np.float64(y @ wy))

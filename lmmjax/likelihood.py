@@ -21,17 +21,24 @@ r² = min over (β, u) of |y - Xβ - ZΛu|²_R + |u|², the penalised residual s
 blocks; the core (crossed factors and X) is dense. The heads below it are the criteria: ML, REML,
 each profiled over σ or not, and the marginal posterior's. There is no other copy of this
 mathematics: estimates, tests, NUTS and batches all start from a :class:`Reduction`.
+
+Where the products of a chain of one factor with the core's Z are sparse (``layout.sparse``), L⁻¹
+of them would be as sparse but is never stored: G_i = Λ(Λ'AΛ + I)⁻¹Λ' per level stands between
+the entries (cross.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from lmmjax import cross as cr
 from lmmjax.gram import Gram, Layout, Rhs
 
 LOG_2PI = math.log(2 * math.pi)
@@ -50,6 +57,7 @@ class Factorised(NamedTuple):
     schur: jax.Array  # what the chain leaves of [Z_core X]'R⁻¹[Z_core X], (d + p, d + p)
     core: jax.Array  # Cholesky factor of Λ'(schur)Λ + I (I on Z_core alone), (d + p, d + p)
     logdet: jax.Array  # log |V|, R included
+    root: Any  # sparse layouts: L⁻¹Λ' of the chain, (S, S, J); border has X alone
 
 
 class Row(NamedTuple):
@@ -208,7 +216,8 @@ def _eliminate(
         W_up.append(W[:, at : at + S])
         at += S
     W = W[:, at:]
-    blocks.core[0] = blocks.core[0] - over_levels(W, W)
+    if gram.cross is None:
+        blocks.core[0] = blocks.core[0] - over_levels(W, W)
     for a, (W_k, parent) in enumerate(zip(W_up, gram.parent[i], strict=True)):
         k = i + 1 + a
         J = layout.chain[k][2]
@@ -231,16 +240,31 @@ def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
     Us, ups, borders = [], [], []
     for i in range(c):
         U, W_up, W = _eliminate(layout, blocks, gram, i)
-        logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(U)))
+        logs = jnp.log(jnp.diagonal(U))
+        logdet = logdet + 2 * jnp.sum(logs * gram.times[i][:, None] if gram.times else logs)
         Us.append(U)
         ups.append(W_up)
         borders.append(W)
+    root = None
+    if gram.cross is not None:
+        eye = jnp.broadcast_to(every[0].T[..., None], gram.own[0].shape)
+        root = forward_substitute(Us[0], eye)
+        blocks.core[0] = blocks.core[0] - _sparse_products(layout, gram, root, borders[0])
     schur = blocks.core[0]
     scaled = scale_core(layout, every[c:], scale_core(layout, every[c:], schur).T)
     ones = jnp.arange(len(schur)) < layout.d
-    L = jnp.linalg.cholesky(scaled + jnp.diag(ones.astype(schur.dtype)))
+    L = jnp.tril(
+        jax.lax.linalg.cholesky(scaled + jnp.diag(ones.astype(schur.dtype)), symmetrize_input=False)
+    )
     logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(L)[: layout.d]))
-    return Factorised(tuple(every), tuple(Us), tuple(ups), tuple(borders), schur, L, logdet)
+    return Factorised(tuple(every), tuple(Us), tuple(ups), tuple(borders), schur, L, logdet, root)
+
+
+def _sparse_products(layout: Layout, gram: Gram, root: jax.Array, W: jax.Array) -> jax.Array:
+    """[Z_c X]'-products that the elimination of a sparse chain subtracts: (d + p, d + p)."""
+    zz = cr.conjugate_levels(gram.cross, per_level(root, root), layout.d)
+    zx = cr.to_core(gram.cross, per_level(root, W), layout.d)
+    return jnp.block([[zz, zx], [zx.T, over_levels(W, W)]])
 
 
 def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
@@ -251,7 +275,7 @@ def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
     rows = []
     for i in range(c):
         row = forward_substitute(f.U[i], z[i])
-        core = core - over_levels(f.border[i], row[:, None])[:, 0]
+        core = core - _border_products(layout, f, gram, i, row[:, None])[:, 0]
         r2 = r2 - jnp.sum(row**2)
         for a, (W, parent) in enumerate(zip(f.up[i], gram.parent[i], strict=True)):
             k = i + 1 + a
@@ -260,6 +284,26 @@ def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
     scaled = scale_core(layout, f.lams[c:], core)
     l_y = jax.scipy.linalg.solve_triangular(f.core, scaled, lower=True)
     return Row(tuple(rows), core, l_y, r2 - l_y @ l_y)
+
+
+def _border_products(
+    layout: Layout, f: Factorised, gram: Gram, i: int, rows: jax.Array
+) -> jax.Array:
+    """Border'rows of chain factor i, summed over levels: (S, k, J) -> (d + p, k)."""
+    dense = over_levels(f.border[i], rows)
+    if f.root is None:
+        return dense
+    return jnp.concatenate([cr.to_core(gram.cross, per_level(f.root, rows), layout.d), dense])
+
+
+def _border_times(layout: Layout, f: Factorised, gram: Gram, i: int, known: jax.Array) -> jax.Array:
+    """Border times known values of the core's effects and β: (d + p,) -> (S, J)."""
+    if f.root is None:
+        return jnp.stack([known @ W for W in f.border[i]])
+    d, J = layout.d, layout.chain[0][2]
+    dense = jnp.stack([known[d:] @ W for W in f.border[i]])
+    sparse = cr.from_core(gram.cross, known[:d, None], J)[:, 0]
+    return dense + jnp.sum(f.root * sparse[None], axis=1)
 
 
 def reduce(
@@ -406,11 +450,52 @@ def ranef(
     known = jnp.concatenate([*[b.T.reshape(-1) for b in core], beta])
     u: dict[int, jax.Array] = {}
     for i in reversed(range(c)):
-        rhs = red.row.chain[i] - jnp.stack([known @ W for W in f.border[i]]) + z[i]
+        rhs = red.row.chain[i] - _border_times(layout, f, gram, i, known) + z[i]
         for k, (W, parent) in enumerate(zip(f.up[i], gram.parent[i], strict=True)):
             rhs = rhs - jnp.einsum("stj,tj->sj", W, u[i + 1 + k][:, parent])
         u[i] = _backward(f.U[i], rhs)
     return (*[f.lams[i] @ u[i] for i in range(c)], *core)
+
+
+def inverse_from_cholesky(L: jax.Array, block: int = 160) -> jax.Array:
+    """(LL')⁻¹: by halves, so that most of the work is matrix products, 2/3 of d³ of them."""
+    inverse = _inverse_triangular(L, block)
+    d = len(L)
+    if d <= block:
+        return inverse.T @ inverse
+    out = jnp.zeros_like(L)
+    cuts = np.linspace(0, d, -(-d // (2 * block)) + 1).astype(int)
+    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+        rows = inverse[a:, a:b].T @ inverse[a:, : cuts[i + 1]]
+        out = out.at[a:b, : cuts[i + 1]].set(rows)
+    lower = jnp.tril(out)
+    return lower + jnp.tril(lower, -1).T
+
+
+def _sparse_ranef_cov(layout: Layout, theta: jax.Array, gram: Gram) -> tuple[jax.Array, ...]:
+    f, d = factorise(layout, factors(layout, theta), gram), layout.d
+    transposed = [lam.T for lam in f.lams[1:]]
+    half = scale_core(layout, transposed, inverse_from_cholesky(f.core[:d, :d]))
+    Q = scale_core(layout, transposed, half.T)
+    G = per_level(f.root, f.root)
+    middle = cr.conjugate_core(gram.cross, Q, layout.chain[0][2])
+    chain = G + per_level(G, per_level(middle, G))
+    core, at = [], 0
+    for _, S, J in layout.core:
+        part = Q[at : at + S * J, at : at + S * J].reshape(J, S, J, S)
+        core.append(jnp.einsum("jsjt->stj", part))
+        at += S * J
+    return (chain, *core)
+
+
+def _inverse_triangular(L: jax.Array, block: int) -> jax.Array:
+    d = len(L)
+    if d <= block:
+        return jax.scipy.linalg.solve_triangular(L, jnp.eye(d, dtype=L.dtype), lower=True)
+    h = d // 2
+    first, last = _inverse_triangular(L[:h, :h], block), _inverse_triangular(L[h:, h:], block)
+    corner = -last @ (L[h:, :h] @ first)
+    return jnp.block([[first, jnp.zeros((h, d - h), L.dtype)], [corner, last]])
 
 
 def ranef_cov(
@@ -424,8 +509,12 @@ def ranef_cov(
     Notes
     -----
     Since ∂ log|Λ'AΛ + I| / ∂A = Λ(Λ'AΛ + I)⁻¹Λ', the blocks are the gradient of the ML (or REML)
-    log-determinant in the cross-products: one reverse pass, no inverse is formed.
+    log-determinant in the cross-products: one reverse pass, no inverse is formed. In a sparse
+    layout, whose core is large, by the inverse Q = Λ_c(core)⁻¹Λ_c' instead: its diagonal blocks,
+    and G_i + G_iB_iQB_i'G_i for the chain.
     """
+    if layout.sparse and fixed_known:
+        return _sparse_ranef_cov(layout, theta, gram)
 
     def logdet(own: tuple[jax.Array, ...], core: jax.Array) -> jax.Array:
         moved = gram._replace(own=own, core=core)

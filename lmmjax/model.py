@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax import estimate, gram
+from lmmjax import buckets, derivatives, gram, start
 from lmmjax import likelihood as lk
 from lmmjax.design import Design, build_design
 from lmmjax.errors import DataError, DesignError, FormulaError, LmmError
-from lmmjax.gram import Gram, Rhs
+from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import require_float64
 from lmmjax.residual.language import ResidualSpec, parse_residual
 
@@ -115,6 +115,81 @@ class Model:
             safe=safe,
         )
 
+    @classmethod
+    def from_table(
+        cls,
+        formula: str,
+        source: Any,
+        *,
+        residual: str | None = None,
+        weights: str | None = None,
+        offset: str | None = None,
+        contrasts: dict[str, str] | None = None,
+        missing: str = "drop",
+        safe: bool = False,
+        dtype: str = "float64",
+    ) -> Model:
+        """Build the model of a table larger than memory: two passes, bounded memory.
+
+        Parameters
+        ----------
+        formula, residual, contrasts, missing, safe, dtype
+            As for `Model`.
+        source : object
+            Path, pattern or list of paths of Parquet files; DuckDB relation; pyarrow dataset;
+            polars lazy frame; Spark frame; or anything with an Arrow C stream that can be read
+            twice.
+        weights, offset : str, optional
+            A column or an expression of columns.
+
+        Returns
+        -------
+        Model
+            The same as in memory, without the rows: ``fitted``, ``residuals`` and ``simulate``
+            raise, `Fit.predict` needs ``newdata``.
+
+        Raises
+        ------
+        FormulaError, DataError, DesignError
+
+        Notes
+        -----
+        Each step of transforms upon transforms (``poly(scale(x), 2)``) costs one more pass, and so
+        do nearly dependent columns of X. Transforms that learn (``scale``, ``poly``, ``bs`` ...)
+        spool their argument to a temporary file, 8 bytes a row.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm, pyarrow as pa
+        >>> table = pa.Table.from_pandas(lmm.load_dataset("Dyestuff"))
+        >>> lmm.Model.from_table("Yield ~ 1 + (1 | Batch)", table).groups
+        {'Batch': 6}
+        """
+        from lmmjax.stream import build_streamed
+
+        if dtype not in ("float64", "float32"):
+            raise DataError(f"dtype={dtype!r} is unknown; expected 'float64' or 'float32'.")
+        spec = None if residual is None else parse_residual(residual)
+        if spec is not None and spec.structured:
+            raise DesignError(
+                f"residual={residual!r} needs the rows of a subject together; expected None or "
+                '"varfixed(v)" for a table that is streamed. Use Model(formula, data) for it.'
+            )
+        model = cls.__new__(cls)
+        model.formula, model.residual, model.dtype = formula, residual, dtype
+        design, standard = build_streamed(
+            formula,
+            source,
+            weights=_known_variances(spec, weights),
+            offset=offset,
+            contrasts=contrasts,
+            missing=missing,
+            safe=safe,
+        )
+        model.design = design  # type: ignore[assignment]
+        model.__dict__["_prepared"] = (*standard[:2], standard[2:])
+        return model
+
     # -- what it is ---------------------------------------------------------------------------
 
     @property
@@ -138,9 +213,19 @@ class Model:
         return {t.group: len(t.levels) for t in self.design.terms}
 
     @property
+    def engine(self) -> str:
+        """How the likelihood is computed for these data, in words: chosen by count."""
+        return self._plan.words()
+
+    @property
     def is_mixed(self) -> bool:
         """Whether the model has random effects."""
         return bool(self.design.terms)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether σ is the only variance parameter: an ordinary (or weighted) linear model."""
+        return not self.is_mixed and not self.is_structured
 
     @property
     def is_structured(self) -> bool:
@@ -163,11 +248,12 @@ class Model:
     @property
     def theta0(self) -> np.ndarray:
         """The start of the optimisation as :meth:`deviance` takes it: θ in the units of the data,
-        then the free residual parameters φ, if any; shape (n_theta + n_phi,)."""
-        theta = self._theta_public(estimate.start(self._plan.layout))
-        if self.design.residual is None:
-            return theta
-        return np.concatenate([theta, self._source().start()])
+        then the free residual parameters φ, if any; shape (n_theta + n_phi,).
+
+        Variances of the random effects by the method of moments (MINQUE(0)), kept away from 0.
+        """
+        theta_s, phi = np.split(self._start, [self._plan.layout.n_theta])
+        return np.concatenate([self._theta_public(theta_s), phi])
 
     # -- the pieces of the likelihood -----------------------------------------------------------
 
@@ -194,6 +280,30 @@ class Model:
             )
         assert isinstance(products, tuple)
         return the_plan, units, *products
+
+    @cached_property
+    def _start(self) -> np.ndarray:
+        """Start in standardised units: θ, then φ."""
+        if self.is_structured:
+            return np.append(start.identity(self._plan.layout), self._source().start())
+        return start.moments(self._plan.layout, *self._standard[2:])
+
+    @cached_property
+    def _on_device(self) -> tuple[Gram, Rhs]:
+        """:meth:`_arrays` as JAX arrays; for use inside ``float64()`` only."""
+        return jax.tree.map(jnp.asarray, self._arrays())
+
+    @cached_property
+    def _padded(self) -> tuple[Layout, Gram, Rhs]:
+        """What is fitted: shapes rounded up to buckets (buckets.py); as ``_on_device``."""
+        layout, the_gram, rhs = buckets.pad(self._plan.layout, *self._arrays())
+        if layout == self._plan.layout:
+            return (layout, *self._on_device)
+        return (layout, *jax.tree.map(jnp.asarray, (the_gram, rhs)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        arrays = ("_on_device", "_padded")
+        return {k: v for k, v in self.__dict__.items() if k not in arrays}
 
     @property
     def _plan(self) -> gram.Plan:
@@ -276,13 +386,14 @@ class Model:
                 f"theta has shape {theta.shape}; expected ({len(names)},), "
                 f"one value for each of {names}."
             )
-        theta, phi = theta[: layout.n_theta], theta[layout.n_theta :]
-        the_gram, rhs = self._source().gram(phi) if self.is_structured else self._arrays()
         undo: list[Any] = [np.linalg.inv(B).astype(self.dtype) for B in self._units.B]
-        if self.design.residual is not None:
-            s = self.design.residual.structure
-            undo = [B * s.variances.reference(phi[s.n_corr :]) for B in undo]
-        red = lk.reduce(layout, theta, the_gram, rhs, undo)
+        if self.design.residual is None:
+            value = derivatives.profiled(layout, method, theta, *self._arrays(), undo)
+            return value + self._units.constant(method)
+        theta, phi = theta[: layout.n_theta], theta[layout.n_theta :]
+        s = self.design.residual.structure
+        undo = [B * s.variances.reference(phi[s.n_corr :]) for B in undo]
+        red = lk.reduce(layout, theta, *self._source().gram(phi), undo)
         return lk.deviance(red, method) + self._units.constant(method)
 
     # -- what to do with it ---------------------------------------------------------------------
@@ -294,19 +405,23 @@ class Model:
         df: str | None = None,
         optimizer: Any = "newton",
         start: Any = None,
+        information: str = "expected",
     ) -> Fit:
         """Estimate by restricted or plain maximum likelihood.
 
         Parameters
         ----------
         method : {"REML", "ML"}
-        df : {"satterthwaite", "residual", "wald"}, optional
+        df : {"satterthwaite", "kenward-roger", "residual", "containment", "wald"}, optional
             Default degrees of freedom of the result's tests; Satterthwaite for mixed models,
             residual for linear ones.
         optimizer : {"newton", "lbfgs", "adam"} or optax transformation
             Trust-region Newton on exact derivatives by default; all minimise the same objective.
         start : array, shape (n_theta,), optional
             θ to start from, in the units of the data; no parameter may be 0.
+
+        information : {"expected", "observed"}
+            Which information matrix Kenward-Roger takes by default: as pbkrtest, or as SAS.
 
         Returns
         -------
@@ -318,7 +433,14 @@ class Model:
         """
         from lmmjax.fit import fit_model
 
-        return fit_model(self, check_method(method), df=df, optimizer=optimizer, start=start)
+        return fit_model(
+            self,
+            check_method(method),
+            df=df,
+            optimizer=optimizer,
+            start=start,
+            information=information,
+        )
 
     def sample(self, method: str = "nuts", **options: Any) -> Posterior:
         """Draw from the posterior; see :func:`lmmjax.bayes.sample.sample_model`."""

@@ -38,11 +38,14 @@ def float64() -> Iterator[None]:
 
 
 def in_float64[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a public method so that its body runs in double precision."""
+    """Decorate a public method so that its body runs in double precision.
+
+    A caller's strict promotion of ranks or types holds for the caller's code, not for ours.
+    """
 
     @functools.wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
             return function(*args, **kwargs)
 
     return inside

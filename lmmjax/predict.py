@@ -84,7 +84,7 @@ def _refuse_new_levels(fit: Fit, new: NewDesign) -> None:
 def _quantile(fit: Fit, level: float) -> float:
     from scipy import stats
 
-    df = np.inf if fit.model.is_mixed else fit.n_obs - len(fit._beta)
+    df = np.inf if not fit.model.is_linear else fit.n_obs - len(fit._beta)
     return float(stats.t.ppf(0.5 + level / 2, df))
 
 

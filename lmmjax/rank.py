@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["clearly_independent", "independent_columns"]
+__all__ = ["ColumnJudge", "clearly_independent", "independent_columns", "proves_rank", "triangle"]
 
 TOLERANCE = 1e-7
 _CLEAR = 1e-8  # squared length below which cross-products can no longer tell
@@ -47,15 +47,20 @@ def clearly_independent(X: np.ndarray, intercept: bool) -> bool:
         total += moved.sum(axis=0)
     if intercept:
         gram -= np.outer(total, total) / n
-    lengths = np.sqrt(np.maximum(np.diag(gram), 0.0))
     # A mean far from the first row costs digits; then the careful way decides.
-    if not np.all(lengths**2 > 1e-6 * total**2 / n) or not np.all(lengths > 0):
+    return proves_rank(gram, 1e-6 * total**2 / n)
+
+
+def proves_rank(gram: np.ndarray, least: np.ndarray | float = 0.0) -> bool:
+    """Return True if cross-products (p, p) prove full rank; squared lengths must exceed `least`."""
+    lengths = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    if not np.all(lengths**2 > least) or not np.all(lengths > 0):
         return False
     try:
         root = np.linalg.cholesky(gram / np.outer(lengths, lengths))
     except np.linalg.LinAlgError:
         return False
-    return bool(np.min(np.diag(root)) ** 2 > _CLEAR)
+    return bool(np.min(np.diag(root), initial=1.0) ** 2 > _CLEAR)
 
 
 def independent_columns(X: np.ndarray, intercept: bool) -> np.ndarray:
@@ -73,7 +78,7 @@ def independent_columns(X: np.ndarray, intercept: bool) -> np.ndarray:
     O(n p^2) for the triangular factor, taken in chunks of rows, then O(p^3).
     """
     if not intercept:
-        return _keep(_triangle(X, None), np.ones(X.shape[1], bool))
+        return _keep(triangle(X), np.ones(X.shape[1], bool))
     keep = np.ones(X.shape[1], bool)
     Y = X[:, 1:]
     shift = Y[0].copy()  # exact zeros for constant columns
@@ -81,12 +86,49 @@ def independent_columns(X: np.ndarray, intercept: bool) -> np.ndarray:
     for chunk in _chunks(Y):
         mean += (chunk - shift).sum(axis=0) / X.shape[0]
     varies = np.array([bool(np.any(Y[:, j] != shift[j])) for j in range(Y.shape[1])], bool)
-    keep[1:] = _keep(_triangle(Y, (shift, mean)), varies)
+    keep[1:] = _keep(triangle(Y, (shift, mean)), varies)
     return keep
 
 
-def _triangle(X: np.ndarray, centre: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
-    """Return R of the QR decomposition of the (centred) columns."""
+class ColumnJudge:
+    """The rule of `independent_columns` for rows that come in batches.
+
+    With an intercept, the constant is the first column of the triangle, so that what stands below
+    its row is the triangle of the centred columns.
+    """
+
+    def __init__(self, intercept: bool) -> None:
+        self.intercept = intercept
+        self._first: np.ndarray | None = None
+        self._R: np.ndarray | None = None
+        self._varies: np.ndarray | None = None
+
+    def add(self, X: np.ndarray) -> None:
+        """Take in rows, centred by variable where the column space allows it."""
+        if not len(X):
+            return
+        if self._first is None or self._R is None or self._varies is None:
+            self._first = X[0] * 1.0 if self.intercept else np.zeros(X.shape[1])
+            self._first[: int(self.intercept)] = 0.0
+            self._R = np.zeros((0, X.shape[1]))
+            self._varies = np.full(X.shape[1], not self.intercept)
+        moved = X - self._first
+        self._varies = self._varies | np.any(moved != 0.0, axis=0)
+        for chunk in _chunks(moved):
+            self._R = np.linalg.qr(np.vstack([self._R, chunk]), mode="r")
+
+    def keep(self) -> np.ndarray:
+        """Return (p,) bool: True for the columns that ``lm`` would keep."""
+        if self._R is None or self._varies is None:
+            raise ValueError("no rows were added")
+        skip = int(self.intercept)
+        kept = np.ones(self._R.shape[1], bool)
+        kept[skip:] = _keep(self._R[skip:, skip:], self._varies[skip:])
+        return kept
+
+
+def triangle(X: np.ndarray, centre: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+    """Return R of the QR decomposition of the (centred) columns, in chunks of rows."""
     R = np.zeros((0, X.shape[1]))
     for chunk in _chunks(X):
         moved = chunk if centre is None else (chunk - centre[0]) - centre[1]

@@ -15,37 +15,41 @@ are those of the model on the active face. Directions that the criterion does no
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 
-def degrees(
-    L: np.ndarray, V: np.ndarray, dV: np.ndarray, hessian: np.ndarray, nu: float
-) -> np.ndarray:
-    """Satterthwaite df for each row of ``L``.
+def degrees(L: np.ndarray, V: np.ndarray, dV: np.ndarray, hessian: np.ndarray, nu: Any) -> Any:
+    """Satterthwaite df for each row of ``L``; leading axes (items of a batch) are carried along.
 
     Parameters
     ----------
     L : (r, p)
-    V : (p, p)
+    V : (..., p, p)
         Covariance of β̂ with σ profiled.
-    dV : (p, p, n_theta)
+    dV : (..., p, p, n_theta)
         Its derivatives in θ along the profile.
-    hessian : (n_theta, n_theta)
+    hessian : (..., n_theta, n_theta)
         Of the profiled deviance in the same θ.
-    nu : float
+    nu : float or (...) array
         Residual degrees of freedom of σ̂².
 
     Returns
     -------
-    (r,) array
+    (..., r) array
 
     Notes
     -----
-    O(r p² n_theta).
+    O(r p² n_theta) an item.
     """
-    v = np.einsum("ri,ij,rj->r", L, V, L)
-    slope = np.einsum("ri,ijk,rj->rk", L, dV, L) / v[:, None]
-    e, Q = np.linalg.eigh(hessian) if len(hessian) else (np.zeros(0), np.zeros((0, 0)))
-    known = e > 1e-8 * max(1.0, float(np.max(e, initial=0.0)))
-    along = slope @ Q[:, known]
-    return 1.0 / (1.0 / nu + np.sum(along**2 / e[known], axis=1))
+    v = np.einsum("ri,...ij,rj->...r", L, V, L)
+    slope = np.einsum("ri,...ijk,rj->...rk", L, dV, L) / v[..., None]
+    if hessian.shape[-1] == 0:
+        return np.broadcast_to(np.asarray(nu, float)[..., None], v.shape).copy()
+    e, Q = np.linalg.eigh(hessian)
+    known = e > 1e-8 * np.maximum(1.0, e.max(axis=-1, keepdims=True))
+    inverse = np.where(known, 1.0 / np.where(known, e, 1.0), 0.0)
+    along = slope @ Q
+    nu = np.asarray(nu, float)[..., None]
+    return 1.0 / (1.0 / nu + np.sum(along**2 * inverse[..., None, :], axis=-1))

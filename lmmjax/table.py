@@ -63,7 +63,7 @@ class Table:
             A name is neither a column nor a constant, or stands for two columns.
         """
         wanted = dict.fromkeys(name.id for node in nodes for name in names_in(node))
-        columns = [name for name in wanted if self._is_column(name)]
+        columns = known_columns(wanted, self.names, self.what)
         if isinstance(self._frame, pd.DataFrame):
             return {name: self._frame[name] for name in columns}
         if not columns:
@@ -72,23 +72,36 @@ class Table:
         self._n = len(converted[columns[0]])
         return converted
 
-    def _is_column(self, name: str) -> bool:
-        count = self.names.count(name)
+
+def known_columns(wanted: Iterable[str], names: list[str], what: str) -> list[str]:
+    """Return the names that are columns; the others must be constants.
+
+    Raises
+    ------
+    DataError
+        A name is neither, or stands for two columns.
+    """
+    found = []
+    for name in wanted:
+        count = names.count(name)
         if count > 1:
             raise DataError(
-                f"found {count} columns named {name!r} in {self.what}; expected one. "
+                f"found {count} columns named {name!r} in {what}; expected one. "
                 "Rename or remove the others."
             )
         if count == 0 and name not in CONSTANTS and name not in LITERALS:
-            raise DataError(self._unknown(name))
-        return count == 1
+            raise DataError(_unknown(name, names, what))
+        if count:
+            found.append(name)
+    return found
 
-    def _unknown(self, name: str) -> str:
-        close = difflib.get_close_matches(name, self.names, n=3, cutoff=0.6)
-        close = close or [c for c in self.names if c.lower() == name.lower()]
-        shown = ", ".join(self.names[:20]) + (" ..." if len(self.names) > 20 else "")
-        hint = f"did you mean {' or '.join(close)}?" if close else f"its columns are {shown}."
-        return f"found no column {deparse(Name(name))} in {self.what}; {hint}"
+
+def _unknown(name: str, names: list[str], what: str) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    close = close or [c for c in names if c.lower() == name.lower()]
+    shown = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+    hint = f" Did you mean {' or '.join(close)}?" if close else " Check the spelling."
+    return f"found no column {deparse(Name(name))} in {what}; expected one of {shown}.{hint}"
 
 
 def _open(data: Any, what: str) -> Any:

@@ -21,13 +21,18 @@ def check_level(level: float) -> float:
 
 
 def t_table(
-    estimate: np.ndarray, se: np.ndarray, df: np.ndarray, names: list[str], level: float
+    estimate: np.ndarray,
+    se: np.ndarray,
+    df: np.ndarray,
+    names: list[str],
+    level: float,
+    rhs: np.ndarray | float = 0.0,
 ) -> pd.DataFrame:
-    """Estimates with t-tests against 0 and intervals; infinite df is the normal distribution."""
+    """Estimates with t-tests against ``rhs`` and intervals; infinite df is the normal limit."""
     import pandas as pd
     from scipy import stats
 
-    statistic = estimate / se
+    statistic = (estimate - rhs) / se
     half = stats.t.ppf(0.5 + check_level(level) / 2, df) * se
     columns = {
         "estimate": estimate,

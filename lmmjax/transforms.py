@@ -1,10 +1,10 @@
 """Transforms that learn from the training data: poly, scale, center, bs, ns.
 
-Each is a pair: ``fit_*(x, ...)`` returns a small state of plain numbers, ``apply_*(x, state)`` the
-columns. The columns equal those of R's `poly`, `scale`, `splines::bs` and `splines::ns`, signs
-included. Missing values are left out of the state and stay missing in the columns. Polynomials and
-B-splines are formulaic's; natural splines, which it lacks with R's knots and signs, stand on
-SciPy's B-splines.
+Each is a pair: ``fit_*(values, ...)`` returns a small state of plain numbers, ``apply_*(x, state)``
+the columns; `Values` may be a column in memory or one that was streamed past. The columns equal
+those of R's `poly`, `scale`, `splines::bs` and `splines::ns`, signs included. Missing values are
+left out of the state and stay missing in the columns. Polynomials and B-splines are evaluated by
+formulaic; natural splines, which it lacks with R's knots and signs, stand on SciPy's B-splines.
 
 References
 ----------
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lmmjax.errors import DataError, FormulaError
+from lmmjax.values import Values
 
 __all__ = ["STATEFUL", "SUMMARIES", "Transform"]
 
@@ -36,8 +37,8 @@ class Transform:
     apply: Callable[[Array, Any], Array]
 
 
-def _present(x: Array) -> Array:
-    kept = x[np.isfinite(x)]
+def _present(x: Values) -> Values:
+    kept = x.finite()
     if kept.size == 0:
         raise DataError("found no finite value in the argument of a transform; check the column.")
     return kept
@@ -52,22 +53,42 @@ def _whole(value: Any, what: str, least: int = 1) -> int:
 # Orthogonal polynomials -----------------------------------------------------------------------
 
 
-def fit_poly(x: Array, degree: float = 1, raw: bool = False) -> tuple:
-    """Learn the recurrence P_k+1 = (x - alpha_k) P_k - (norm_k / norm_k-1) P_k-1."""
-    from formulaic.transforms import poly
+def fit_poly(x: Values, degree: float = 1, raw: bool = False) -> tuple:
+    """Learn the recurrence P_k+1 = (x - alpha_k) P_k - (norm_k / norm_k-1) P_k-1.
 
+    O(n degree^2), one scan of the values per degree (Stieltjes' procedure).
+    """
     degree = _whole(degree, "the degree of poly()")
     if raw:
         return degree, None
     x = _present(x)
-    if np.unique(x).size <= degree:
+    distinct = x.distinct(degree)
+    if distinct <= degree:
         raise DataError(
-            f"found {np.unique(x).size} distinct values in poly() of degree {degree}; "
-            "use a lower degree."
+            f"found {distinct} distinct values in poly() of degree {degree}; use a lower degree."
         )
-    state: dict[str, Any] = {}
-    poly(x, degree, _state=state)
-    return degree, state
+    alpha: dict[int, float] = {}
+    norms2: dict[int, float] = {}
+    shift = x.mean()
+    for k in range(degree + 1):
+        norm, first = 0.0, 0.0
+        for chunk in x.chunks():
+            square = _monic(chunk, k, alpha, norms2) ** 2
+            norm += float(square.sum())
+            first += float(square @ (chunk - shift))
+        norms2[k] = norm
+        if k < degree:
+            alpha[k] = shift + first / norm
+    return degree, {"alpha": alpha, "norms2": norms2}
+
+
+def _monic(x: Array, degree: int, alpha: dict[int, float], norms2: dict[int, float]) -> Array:
+    """Return the monic orthogonal polynomial of `degree` at x."""
+    before, value = np.zeros_like(x), np.ones_like(x)
+    for k in range(degree):
+        beta = norms2[k] / norms2[k - 1] if k else 0.0
+        before, value = value, (x - alpha[k]) * value - beta * before
+    return value
 
 
 def apply_poly(x: Array, state: tuple) -> Array:
@@ -81,13 +102,13 @@ def apply_poly(x: Array, state: tuple) -> Array:
 # Centring and scaling -------------------------------------------------------------------------
 
 
-def fit_scale(x: Array, center: bool | float = True, scale: bool | float = True) -> tuple:
+def fit_scale(x: Values, center: bool | float = True, scale: bool | float = True) -> tuple:
     """Learn mean and SD (divisor n - 1); without centring R divides by the root mean square."""
     x = _present(x)
-    shift = float(x.mean()) if center is True else float(center)
+    shift = x.mean() if center is True else float(center)
     spread = 1.0
     if scale is True:
-        spread = float(np.sqrt(np.sum((x - shift) ** 2) / max(x.size - 1, 1)))
+        spread = float(np.sqrt(x.sum_squares(shift) / max(x.size - 1, 1)))
     elif scale is not False:
         spread = float(scale)
     if spread == 0.0:
@@ -100,15 +121,15 @@ def apply_scale(x: Array, state: tuple) -> Array:
     return (x - state[0]) / state[1]
 
 
-def fit_center(x: Array) -> tuple:
+def fit_center(x: Values) -> tuple:
     """Learn the mean."""
-    return float(_present(x).mean()), 1.0
+    return _present(x).mean(), 1.0
 
 
 # Splines --------------------------------------------------------------------------------------
 
 
-def _knots(x: Array, df: float | None, knots: Any, fixed: int, bounds: Any) -> tuple[Array, Array]:
+def _knots(x: Values, df: float | None, knots: Any, fixed: int, bounds: Any) -> tuple[Array, Array]:
     """Return boundary knots (2,) and inner knots; `fixed` is the df of the basis without knots."""
     x = _present(x)
     boundary = np.array([x.min(), x.max()]) if bounds is None else np.sort(np.atleast_1d(bounds))
@@ -117,12 +138,11 @@ def _knots(x: Array, df: float | None, knots: Any, fixed: int, bounds: Any) -> t
     inner = 0 if df is None else _whole(df, "the df of a spline") - fixed
     if inner < 0:
         raise FormulaError(f"found a spline with df = {df:g}; expected at least {fixed}.")
-    inside = x[(x >= boundary[0]) & (x <= boundary[1])]
-    return boundary, np.quantile(inside, np.linspace(0, 1, inner + 2)[1:-1])
+    return boundary, x.quantiles(np.linspace(0, 1, inner + 2)[1:-1], *boundary)
 
 
 def fit_bs(
-    x: Array,
+    x: Values,
     df: float | None = None,
     knots: Any = None,
     degree: float = 3,
@@ -167,7 +187,7 @@ def _basis(x: Array, knots: Sequence[float], degree: int, derivative: int = 0) -
 
 
 def fit_ns(
-    x: Array,
+    x: Values,
     df: float | None = None,
     knots: Any = None,
     intercept: bool = False,
@@ -205,15 +225,15 @@ STATEFUL = {
 }
 
 
-def _sd(x: Array) -> float:
-    return float(np.std(x, ddof=1))
+def _median(x: Values) -> float:
+    return float(x.quantiles(np.array([0.5]))[0])
 
 
 # Summaries keep their training value too: I(x - mean(x)) means the same for new data.
-SUMMARIES: dict[str, Callable[[Array], Any]] = {
-    "mean": np.mean,
-    "median": np.median,
-    "sd": _sd,
-    "min": np.min,
-    "max": np.max,
+SUMMARIES: dict[str, Callable[[Values], float]] = {
+    "mean": Values.mean,
+    "median": _median,
+    "sd": Values.sd,
+    "min": Values.min,
+    "max": Values.max,
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
 
 from lmmjax.errors import DataError, DesignError
-from lmmjax.evaluate import Evaluator, Factor, Logical, Matrix, cross, is_missing
+from lmmjax.evaluate import Evaluator, Factor, Logical, Matrix, is_missing
 from lmmjax.expr import Call, Name, Node, deparse, names_in, parse_expr
 from lmmjax.formula import Bar, ParsedFormula, expand
 from lmmjax.residual.frame import evaluate_residual
@@ -74,24 +74,43 @@ def evaluate(
     safe: bool,
     residual: ResidualSpec | None = None,
 ) -> Variables:
+    """Evaluate all variables of a formula on a training table, learning their states."""
     w_source = side_source(weights, "weights", table.names)
     o_source = side_source(offset, "offset", table.names)
+    columns = table.read(all_nodes(parsed, w_source, o_source))
+    beside = table.read(residual.nodes) if residual is not None else {}
+    ev = Evaluator(columns | beside, len(table), {}, learn=True, safe=safe)
+    return variables(parsed, ev, table.rows, w_source, o_source, residual)
+
+
+def all_nodes(parsed: ParsedFormula, w_source: Any, o_source: Any) -> list[Node]:
+    """Every expression that a model evaluates."""
     bars = [(bar, expand(bar.expr, parsed.text)) for bar in parsed.bars]
     random = [node for bar, terms in bars for node in (*terms.nodes, *bar.factors)]
     nodes = [parsed.response_node, *parsed.terms.nodes, *parsed.offset_nodes, *random]
     nodes += [source for source in (w_source, o_source) if isinstance(source, Name | Call)]
-    columns = table.read(nodes)
-    beside = table.read(residual.nodes) if residual is not None else {}
-    ev = Evaluator(columns | beside, len(table), {}, learn=True, safe=safe)
+    return nodes
+
+
+def variables(
+    parsed: ParsedFormula,
+    ev: Evaluator,
+    rows: pd.Index,
+    w_source: Any,
+    o_source: Any,
+    residual: ResidualSpec | None = None,
+) -> Variables:
+    """Evaluate all variables of a formula on the columns of an evaluator."""
     values = {deparse(node): ev.variable(node) for node in parsed.terms.nodes}
-    for _, terms in bars:
-        values.update({deparse(n): ev.variable(n) for n in terms.nodes if deparse(n) not in values})
+    for bar in parsed.bars:
+        nodes = expand(bar.expr, parsed.text).nodes
+        values.update({deparse(n): ev.variable(n) for n in nodes if deparse(n) not in values})
     offsets = [numbers(ev, node, "offset") for node in parsed.offset_nodes]
     if o_source is not None:
         offsets.append(side_values(o_source, ev, "offset"))
     return Variables(
         response=parsed.response,
-        rows=table.rows,
+        rows=rows,
         y=_response(ev, parsed),
         values=values,
         group_names=tuple(bar.group for bar in parsed.bars),
@@ -99,14 +118,14 @@ def evaluate(
         offset=np.sum(offsets, axis=0) if offsets else None,
         weights=None if w_source is None else side_values(w_source, ev, "weights"),
         offset_source="array" if isinstance(o_source, np.ndarray) else o_source,
-        columns=columns,
-        raw_fixed=tuple(_columns_of(parsed.terms.nodes, columns)),
+        columns=ev.columns,
+        raw_fixed=tuple(columns_of(parsed.terms.nodes, ev.columns)),
         states=ev.states,
         residual=evaluate_residual(residual, ev),
     )
 
 
-def _columns_of(nodes: Iterable[Node], columns: Mapping[str, Any]) -> Iterator[str]:
+def columns_of(nodes: Iterable[Node], columns: Mapping[str, Any]) -> Iterator[str]:
     """Yield the columns that the expressions read, once each."""
     seen = dict.fromkeys(name.id for node in nodes for name in names_in(node))
     yield from (name for name in seen if name in columns)
@@ -123,14 +142,15 @@ def _all_groups(bars: tuple[Bar, ...], ev: Evaluator) -> tuple[Factor, ...]:
 
 def group_factor(bar: Bar, ev: Evaluator) -> Factor:
     """The grouping factor of a bar, crossed where it has several variables."""
-    return cross([ev.factor(node) for node in bar.factors], bar.group)
+    return ev.group(bar.factors, bar.group)
 
 
 def _response(ev: Evaluator, parsed: ParsedFormula) -> np.ndarray:
     value = ev.variable(parsed.response_node)
     if isinstance(value, Factor):
         raise DataError(
-            f"found text or a categorical as response {parsed.response}; expected numbers."
+            f"found text or a categorical as response {parsed.response}; expected numbers. Convert "
+            "the column, or name another one on the left of ~."
         )
     if isinstance(value, Matrix):
         raise DataError(f"found several columns as response {parsed.response}; expected one.")
@@ -176,6 +196,16 @@ def side_values(source: Any, ev: Evaluator, what: str) -> np.ndarray:
 
 def complete_rows(raw: Variables, option: str) -> tuple[np.ndarray | None, dict[str, int]]:
     """Return the mask of complete rows (None if all are) and the counts by variable."""
+    dropped, counts = incomplete_rows(raw)
+    if option == "raise":
+        refuse_missing(int(dropped.sum()), counts)
+    if dropped.all():
+        refuse_empty(dropped.size, counts)
+    return (~dropped if counts else None), counts
+
+
+def incomplete_rows(raw: Variables) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the mask of rows that lack a value, and the counts by variable."""
     dropped = np.zeros(len(raw.rows), bool)
     counts: dict[str, int] = {}
     for name, series in raw.columns.items():
@@ -184,17 +214,28 @@ def complete_rows(raw: Variables, option: str) -> tuple[np.ndarray | None, dict[
     before = dropped.copy()
     for name, value in evaluated(raw):
         _count(counts, dropped, name, is_missing(value) & ~before)
-    if counts and option == "raise":
+    return dropped, counts
+
+
+def refuse_missing(rows: int, counts: Mapping[str, int]) -> None:
+    """Raise DataError if any value is missing."""
+    if counts:
         shown = ", ".join(f"{name} ({count})" for name, count in counts.items())
         raise DataError(
-            f'found missing values in {int(dropped.sum())} rows: {shown}; missing="raise" expects '
+            f'found missing values in {rows} rows: {shown}; missing="raise" expects '
             'none. Fill or remove them, or use missing="drop".'
         )
-    if dropped.all():
-        shown = ", ".join(f"{name} ({count})" for name, count in counts.items())
-        detail = f" (missing values: {shown})" if counts else ""
-        raise DesignError(f"found no complete row in {dropped.size} rows{detail}; check the data.")
-    return (~dropped if counts else None), counts
+
+
+def refuse_empty(rows: int, counts: Mapping[str, int]) -> NoReturn:
+    """Raise DesignError: no row is complete."""
+    shown = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    detail = f" (missing values: {shown})" if counts else ""
+    raise DesignError(
+        f"found no complete row in {rows} rows{detail}; expected at least one row in which no "
+        "variable of the model is missing. Drop the variable that is never there, or fill its "
+        "values."
+    )
 
 
 def evaluated(raw: Variables) -> Iterator[tuple[str, Any]]:

@@ -153,7 +153,7 @@ def test_no_convergence_is_status_1(capsys, monkeypatch):
     [
         (["fit", "nowhere.csv", "y ~ x"], "found no file 'nowhere.csv'"),
         (["fit", "sleepstud", SLOPE], "Did you mean 'sleepstudy'?"),
-        (["fit", "sleepstudy", "Reaction ~ Dys + (1 | Subject)"], "did you mean Days"),
+        (["fit", "sleepstudy", "Reaction ~ Dys + (1 | Subject)"], "Did you mean Days"),
         (["fit", "sleepstudy", "Reaction ~ (Days"], "never closed"),
         (["fit", "sleepstudy", SLOPE, "--df", "magic"], "df='magic' is unknown"),
         (["fit", "sleepstudy", SLOPE, "--weights", "nope"], "nope"),
@@ -185,6 +185,7 @@ def test_bad_options_are_status_2(capsys, arguments):
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "")
     assert "error:" in err
+    assert err.count("\n") == 1
 
 
 def test_unreadable_files_are_told(capsys, tmp_path):

@@ -386,8 +386,8 @@ def test_both_rank_checks_agree():
 @pytest.mark.parametrize(
     ("formula", "change", "options", "error", "words"),
     [
-        ("y ~ xx", {}, {}, DataError, "did you mean x"),
-        ("y ~ x + (1 | G)", {}, {}, DataError, "did you mean g"),
+        ("y ~ xx", {}, {}, DataError, "Did you mean x"),
+        ("y ~ x + (1 | G)", {}, {}, DataError, "Did you mean g"),
         ("y ~ x", {}, {"weights": "q"}, DataError, "no column q"),
         ("f ~ x", {}, {}, DataError, "response f"),
         ("y ~ x", {"y": np.nan}, {}, DesignError, r"no complete row .*y \(60\)"),

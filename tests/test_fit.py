@@ -140,9 +140,9 @@ def test_units_of_a_covariate_do_not_matter(
 
 
 @pytest.mark.parametrize("leading", [1.0, 1e6, 1e12])
-@pytest.mark.parametrize("replicates", [21, 201])
+@pytest.mark.parametrize("replicates", [21, 201, 2001])
 def test_nist_anova(leading: float, replicates: int) -> None:
-    """NIST StRD SmLs01 to SmLs08: nine levels, values that differ in the last digits only.
+    """NIST StRD SmLs01 to SmLs09: nine levels, values that differ in the last digits only.
 
     Generated from the published definition (Simon and Lesage 1989). Balanced one-way REML has a
     closed form, evaluated here in exact arithmetic on the numbers as stored.
@@ -375,6 +375,8 @@ def test_fit_is_immutable(fit: lmm.Fit) -> None:
         fit.sigma = 1.0  # type: ignore[misc]
     fit.ranef_cov()[:] = 0
     assert np.all(fit.ranef_se() > 0)
+    with pytest.raises(ValueError, match="read-only"):
+        fit.theta[0] = 9.0
 
 
 # -- precision, threads, configuration ------------------------------------------------------------
@@ -387,6 +389,21 @@ def test_callers_precision_and_configuration_stay(sleep: pd.DataFrame, fit: lmm.
     assert high.loglik == fit.loglik
     assert jnp.ones(1).dtype == jnp.float32
     assert before == {k: getattr(jax.config, k) for k in before}
+
+
+def test_callers_strict_promotion_is_not_ours(sleep: pd.DataFrame, fit: lmm.Fit) -> None:
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        strict = lmm.Model("Reaction ~ Days + (Days | Subject)", sleep).fit()
+        assert strict.loglik == fit.loglik
+        pd.testing.assert_frame_equal(strict.coef_table(), fit.coef_table())
+
+
+def test_random_effects_that_reproduce_the_response_are_named() -> None:
+    rng = np.random.default_rng(0)
+    data = pd.DataFrame({"g": np.repeat(np.arange(10.0), 4), "x": rng.normal(size=40)})
+    data["y"] = 2 * data["x"] + data["g"]
+    with pytest.warns(lmm.ConvergenceWarning, match="the residual variance goes to 0"):
+        assert not lmm.Model("y ~ x + (1 | g)", data).fit().converged
 
 
 def test_threads_agree(sleep: pd.DataFrame, fit: lmm.Fit) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from designs import dense, design, factor_codes, layouts, problem, random_theta
 
-from lmmjax import derivatives, estimate, gram
+import lmmjax as lmm
+from lmmjax import buckets, derivatives, estimate, gram, optimize, start
 from lmmjax import likelihood as lk
 from lmmjax.precision import float64
 
@@ -286,6 +288,116 @@ def test_closed_forms_equal_autodiff(name: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
 
 
+def sparse_problem(name: str) -> tuple[Any, Any, Any]:
+    """A crossed design with its products kept by entry, however little that pays here."""
+    d = design(LAYOUTS[name], 120, 3)
+    plan = gram.plan(d, dense=32)
+    layout = dataclasses.replace(plan.layout, sparse=True)
+    plan = dataclasses.replace(plan, layout=layout)
+    return layout, *gram.crossproducts(d, plan, gram.standardise(d))
+
+
+CROSSED = ["crossed", "crossed slopes", "two in the core"]
+
+
+@pytest.mark.parametrize("name", CROSSED)
+def test_sparse_layout_equals_the_dense_one(name: str) -> None:
+    d = design(LAYOUTS[name], 120, 3)
+    plan, _, g, rhs = problem(d, dense=32)
+    layout, g_sparse, rhs_sparse = sparse_problem(name)
+    assert g_sparse.cross is not None
+    assert g_sparse.border[0].shape[1] == 3
+    theta, method = jnp.asarray(random_theta(d)), METHODS[len(name) % 2]
+
+    def everything(layout: Any, g: Any, rhs: Any) -> Any:
+        return (
+            derivatives.closed_form(layout, method, theta, g, rhs),
+            derivatives.vcov_and_derivative(layout, method, theta, g, rhs),
+            estimate.effects(layout, g, rhs, theta),
+        )
+
+    dense_way = jax.jit(everything, static_argnums=0)(plan.layout, g, rhs)
+    sparse_way = jax.jit(everything, static_argnums=0)(layout, g_sparse, rhs_sparse)
+    for a, b in zip(jax.tree.leaves(sparse_way), jax.tree.leaves(dense_way), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_large_core_is_fitted_by_average_information(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, g, rhs = sparse_problem("crossed")
+    exact, _ = estimate.optimise(layout, "REML", g, rhs, estimate.start(layout))
+    monkeypatch.setattr(derivatives, "LARGE_CORE", 1)
+    assert derivatives.is_approximate(layout)
+    theta = jnp.asarray(np.random.default_rng(1).normal(size=layout.n_theta))
+
+    def average(t: jax.Array) -> Any:
+        return derivatives.for_optimiser(layout, "REML", t, g, rhs)
+
+    value, gradient, _ = jax.jit(average)(theta)
+    expected = jax.jit(
+        jax.value_and_grad(lambda t: derivatives.profiled(layout, "REML", t, g, rhs))
+    )
+    np.testing.assert_allclose(value, expected(theta)[0], rtol=1e-12)
+    np.testing.assert_allclose(gradient, expected(theta)[1], rtol=1e-9, atol=1e-9)
+    best = optimize.newton(average, jnp.asarray(estimate.start(layout)))
+    assert int(best.status) == optimize.CONVERGED
+    assert float(best.value) == pytest.approx(float(exact.value), abs=1e-7)
+
+
+def test_inverse_by_halves() -> None:
+    A = np.random.default_rng(0).normal(size=(70, 70))
+    A = A @ A.T + np.eye(70)
+    inverse = lk.inverse_from_cholesky(jnp.linalg.cholesky(A), block=9)
+    np.testing.assert_allclose(inverse @ A, np.eye(70), atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["intercept", "crossed"])
+def test_rules_of_the_criterion_work_under_every_transformation(name: str) -> None:
+    """Against the same value without rules: the derivatives in θ to the third, and in the data."""
+    d = design(LAYOUTS[name], 120, 2)
+    plan, _, g, rhs = problem(d, dense=32)
+    layout, theta = plan.layout, jnp.asarray(random_theta(d))
+
+    def ruled(t: jax.Array, r: Any) -> jax.Array:
+        return derivatives.profiled(layout, "REML", t, g, r)
+
+    def plain(t: jax.Array, r: Any) -> jax.Array:
+        return lk.deviance(lk.reduce(layout, t, g, r), "REML")
+
+    def all_of(f: Any) -> Any:
+        third = jax.grad(jax.grad(jax.grad(lambda s: f(s * theta, rhs))))(1.0)
+        in_data = jax.grad(f, argnums=1)(theta, rhs)
+        mixed = jax.grad(lambda r: jnp.sum(jax.grad(f)(theta, r)))(rhs)
+        many = jax.vmap(jax.grad(f), in_axes=(0, None))(jnp.stack([theta, -theta]), rhs)
+        return third, in_data, mixed, many
+
+    ours, expected = jax.jit(lambda: all_of(ruled))(), jax.jit(lambda: all_of(plain))()
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["slope", "three columns", *CROSSED])
+def test_start_solves_the_moment_equations(name: str) -> None:
+    """MINQUE(0) against its definition by n x n matrices."""
+    d = design(LAYOUTS[name], 120, 2)
+    d.weights, d.has_weights = np.ones(120), False
+    plan, standardised = gram.plan(d, 32), gram.standardise(d)
+    X, y = standardised.X, standardised.y
+    P = np.eye(120) - X @ np.linalg.pinv(X)
+    kernels = []
+    for factor in plan.factors:
+        same = (c := d.terms[factor.terms[0]].codes)[:, None] == c
+        for z in np.concatenate([standardised.Z[k] for k in factor.terms], axis=1).T:
+            kernels.append(np.outer(z, z) * same)
+    kernels.append(np.eye(120))
+    system = [[np.trace(P @ a @ P @ b) for b in kernels] for a in kernels]
+    expected = np.linalg.solve(system, [y @ P @ a @ P @ y for a in kernels])
+    for sparse in {False, bool(plan.layout.core)}:
+        layout = dataclasses.replace(plan.layout, sparse=sparse)
+        the_plan = dataclasses.replace(plan, layout=layout)
+        found = start._variances(layout, *gram.crossproducts(d, the_plan, standardised))
+        np.testing.assert_allclose(found[:-1], expected[:-1], rtol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["slope", "crossed"])
 def test_gradient_is_zero_where_a_column_of_the_factor_is(name: str) -> None:
     d = design(LAYOUTS[name], 120, 2)
@@ -331,12 +443,58 @@ def test_fit_compiles_once_for_equal_shapes() -> None:
     assert estimate.optimise._cache_size() == before + 1
 
 
-@pytest.mark.parametrize("name", ["linear model", "nested and crossed"])
-def test_everything_lowers_for_cuda(name: str) -> None:
-    d = design(LAYOUTS[name], 120, 2)
-    plan, _, g, rhs = problem(d)
-    theta = jnp.asarray(estimate.start(plan.layout))
-    layout = plan.layout
+@pytest.mark.parametrize("name", ["linear model", "nested", "crossed", "sparse"])
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_changes_nothing(name: str, method: str) -> None:
+    if name == "sparse":
+        layout, g, rhs = sparse_problem("two in the core")
+    else:
+        plan, _, g, rhs = problem(design(LAYOUTS[name], 120, 3))
+        layout = plan.layout
+    wide, g_wide, rhs_wide = buckets.pad(layout, g, rhs)
+    assert wide.p == 4
+    theta = jnp.asarray(np.random.default_rng(2).normal(size=layout.n_theta))
+    g_wide = buckets.with_dummies(g_wide, wide.p - layout.p, method)
+    reduce = jax.jit(lk.reduce, static_argnums=0)
+    expected, padded = reduce(layout, theta, g, rhs), reduce(wide, theta, g_wide, rhs_wide)
+    value = float(lk.deviance(padded, method))
+    assert value == pytest.approx(float(lk.deviance(expected, method)), rel=1e-13)
+    beta, vcov = lk.fixef(padded), lk.unscaled_vcov(padded)
+    np.testing.assert_allclose(beta[:3], lk.fixef(expected), rtol=1e-12)
+    np.testing.assert_array_equal(beta[3:], 0.0)
+    np.testing.assert_allclose(vcov[:3, :3], lk.unscaled_vcov(expected), rtol=1e-11)
+
+
+def test_models_of_similar_size_share_the_program() -> None:
+    """Other data, another number of levels, another formula: nothing is compiled again."""
+    rng = np.random.default_rng(0)
+
+    def fit(J: int, formula: str) -> lmm.Fit:
+        g = np.repeat(np.arange(J), 4)
+        data = pd.DataFrame({"g": g, "x": rng.normal(size=4 * J), "z": rng.normal(size=4 * J)})
+        data["y"] = rng.normal(size=4 * J) + rng.normal(size=J)[g]
+        return lmm.Model(formula, data).fit()
+
+    fit(50, "y ~ x + (1 | g)")
+    before = estimate.optimise._cache_size()
+    for J, formula in (
+        (57, "y ~ x + (1 | g)"),
+        (64, "y ~ x * z + (1 | g)"),
+        (51, "y ~ 1 + (1 | g)"),
+    ):
+        assert fit(J, formula).converged
+    assert estimate.optimise._cache_size() == before
+
+
+@pytest.mark.parametrize("name", ["linear model", "nested and crossed", "sparse"])
+def test_everything_lowers_for_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "sparse":
+        monkeypatch.setattr(derivatives, "LARGE_CORE", 1)
+        layout, g, rhs = sparse_problem("crossed")
+    else:
+        plan, _, g, rhs = problem(design(LAYOUTS[name], 120, 2))
+        layout = plan.layout
+    theta = jnp.asarray(estimate.start(layout))
     programs = {
         "optimise": jax.jit(lambda g, r, t: estimate.optimise(layout, "REML", g, r, t)),
         "effects": jax.jit(lambda g, r, t: estimate.effects(layout, g, r, t)),
@@ -354,3 +512,21 @@ def test_layout_is_hashable_and_chosen_from_the_data() -> None:
     assert hash(plan.layout) == hash(dataclasses.replace(plan.layout))
     assert [f.group for f in plan.factors] == ["a", "b", "c"]
     assert plan.n_chain == 2
+    assert plan.words().startswith(
+        "level by level: a (15 levels), then b (4 levels); dense core: c"
+    )
+
+
+def test_products_are_kept_by_entry_where_they_are_few() -> None:
+    """Ten thousand rows, 2,000 x 300 levels: five entries a level; and the same, complete."""
+    rng = np.random.default_rng(0)
+    a = np.repeat(np.arange(2000), 5).astype(np.int32)
+    few = gram.plan(
+        design([("a", a, 1, "us"), ("b", factor_codes(rng, 10_000, 300), 1, "us")], 10_000, 1)
+    )
+    assert few.layout.sparse
+    assert "kept by entry" in few.words()
+    grid = [x.ravel().astype(np.int32) for x in np.meshgrid(np.arange(200), np.arange(50))]
+    full = gram.plan(design([("a", grid[0], 1, "us"), ("b", grid[1], 1, "us")], 10_000, 1))
+    assert not full.layout.sparse
+    assert "dense blocks" in full.words()

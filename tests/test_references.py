@@ -71,8 +71,21 @@ def check_fixed(result: lmm.Fit, expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(table["df"].to_numpy()[known], df[known], rtol=1e-4)
         p = numbers(reference["p"])
         np.testing.assert_allclose(table["p_value"].to_numpy()[known], p[known], rtol=2e-3)
+        check_anova(result, expected["satterthwaite"])
     if "ci_95" in expected:
         close(table[["ci_low", "ci_high"]], expected["ci_95"], 1e-9, "intervals of lm")
+
+
+def check_anova(result: lmm.Fit, reference: dict[str, Any]) -> None:
+    """F tests of the three types with Satterthwaite's degrees of freedom."""
+    if result.singular:
+        return  # degrees of freedom are not uniquely defined on the boundary
+    for kind, roman in ((1, "I"), (2, "II"), (3, "III")):
+        table, given = result.anova(type=kind), reference[f"anova_type{roman}"]
+        assert list(table.index) == given["term"]
+        for column, key, rtol in (("statistic", "F", 1e-5), ("den_df", "DenDF", 1e-4)):
+            np.testing.assert_allclose(table[column], numbers(given[key]), rtol=rtol)
+        np.testing.assert_allclose(table["sum_sq"], numbers(given["SumSq"]), rtol=1e-5)
 
 
 def check_components(result: lmm.Fit, expected: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ from lmmjax.residual.source import Patterns, Source
 def criterion(layout: Layout, method: str, free: jax.Array, source: Source) -> jax.Array:
     """-2 log-likelihood at concat(θ, φ) in standardised units, β and σ profiled out."""
     k = layout.n_theta
-    return estimate.criterion(layout, method, free[:k], *source.gram(free[k:]))
+    # without estimate.criterion's rules: θ and the cross-products move together here
+    return lk.deviance(lk.reduce(layout, free[:k], *source.gram(free[k:])), method)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "method", "optimizer"))
@@ -48,7 +49,8 @@ def optimise(
     k = layout.n_theta
     red = lk.reduce(layout, best.theta[:k], *source.gram(best.theta[k:]))
     sigma2 = lk.profiled_sigma2(red, method)
-    return best, estimate.Estimates(lk.fixef(red), lk.unscaled_vcov(red), sigma2, red.r2)
+    est = estimate.Estimates(lk.fixef(red), lk.unscaled_vcov(red), sigma2, red.r2)
+    return best._replace(value=lk.deviance(red, method)), est
 
 
 @jax.jit

@@ -1,0 +1,293 @@
+r"""The batched core: many fits of one layout in one compiled call, each with a status of its own.
+
+Nothing here knows the likelihood. ``estimate.optimise`` and ``derivatives.vcov_and_derivative`` are
+mapped over items: ``lanes`` items side by side (``vmap``), the groups of lanes one after the other
+(``lax.map``), so that a straggler holds up its own group only and memory does not grow with the
+batch. The lanes share no number: an item that is not finite changes no bit of another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lmmjax import derivatives, estimate
+from lmmjax import gram as gr
+from lmmjax import likelihood as lk
+from lmmjax.gram import Gram, Layout, Plan, Rhs, Units
+from lmmjax.optimize import CONVERGED, FLAT_STOP, MAX_ITERATIONS
+
+#: verdicts; the first two are usable fits
+OK, SINGULAR, LIMIT, NOT_FINITE, STUCK, EXACT, TOO_FEW, NOT_RUN = range(8)
+
+WORDS = {
+    OK: "converged",
+    SINGULAR: "singular",
+    LIMIT: "failed: stopped at the limit of iterations",
+    NOT_FINITE: "failed: missing or infinite values in the data of this item",
+    STUCK: "failed: the gradient is not zero, or a saddle point",
+    EXACT: "failed: the fixed effects reproduce the response exactly",
+    TOO_FEW: "failed: too few rows or levels for the effects of the model",
+    NOT_RUN: "not run",
+}
+
+#: a relative SD below this, in standardised units, is on the boundary (as for a single fit)
+SINGULAR_TOLERANCE = 1e-4
+
+#: factors on the identity from which items that did not converge are tried again
+OTHER_STARTS = (0.2, 4.0)
+
+#: columns of the dense core above which items run one after the other
+LARGE_CORE = 64
+
+
+class Items(NamedTuple):
+    """Fitted items in standardised units, NumPy arrays with the item as first axis."""
+
+    theta: Any  # (m, n_theta)
+    value: Any  # (m,) profiled -2 log-likelihood
+    gradient: Any
+    hessian: Any  # (m, n_theta, n_theta)
+    n_evals: Any
+    raw_status: Any  # of optimize.STATUS
+    beta: Any  # (m, p)
+    unscaled_vcov: Any  # (m, p, p), times sigma2
+    sigma2: Any  # (m,)
+    dvcov: Any  # (m, p, p, n_theta), of sigma2 * unscaled_vcov along the profile
+    lams: Any  # per term (m, S, S)
+
+
+class Batch(NamedTuple):
+    """What :func:`fit_items` returns."""
+
+    items: Items
+    status: np.ndarray  # (m,) keys of WORDS
+    retried: np.ndarray  # (m,) bool: had to be tried from other starts
+
+
+def _one(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array) -> Items:
+    best, est = estimate.optimise(layout, method, gram, rhs, theta0)
+    if layout.core:  # the optimiser may have used an approximate curvature
+        _, gradient, hessian = derivatives.value_gradient_hessian(
+            layout, method, best.theta, gram, rhs
+        )
+        best = best._replace(gradient=gradient, hessian=hessian)
+    _, dV = derivatives.vcov_and_derivative(layout, method, best.theta, gram, rhs)
+    lams = tuple(lk.factors(layout, best.theta))
+    return Items(
+        best.theta,
+        best.value,
+        best.gradient,
+        best.hessian,
+        best.n_evals,
+        best.status,
+        est.beta,
+        est.unscaled_vcov,
+        est.sigma2,
+        dV,
+        lams,
+    )
+
+
+def program(
+    layout: Layout, method: str, lanes: int, shared: bool, gram: Gram, rhs: Rhs, theta0: jax.Array
+) -> Items:
+    """All items of a batch; pure, to be compiled by :func:`compiled`.
+
+    Parameters
+    ----------
+    lanes : int
+        Items that run side by side.
+    shared : bool
+        One Gram for all items, or one each (leading axis).
+    rhs, theta0
+        With a leading axis of items.
+    """
+
+    def one(args: Any) -> Items:
+        return _one(layout, method, *((gram, *args) if shared else args))
+
+    mapped = (rhs, theta0) if shared else (gram, rhs, theta0)
+    if layout.n_theta == 0:  # closed form: nothing can straggle
+        return jax.vmap(one)(mapped)
+    return jax.lax.map(one, mapped, batch_size=lanes)
+
+
+compiled = jax.jit(program, static_argnums=(0, 1, 2, 3))
+
+
+def standard(model: Any) -> tuple[Plan, Units, Gram, Rhs]:
+    """Plan, units and products of a model with dense blocks, as batches use them.
+
+    A single fit of large crossed factors may keep products by entry; every block of a batch has the
+    layout's full shape.
+    """
+    the_plan, units, the_gram, rhs = model._standard
+    if not the_plan.layout.sparse:
+        return the_plan, units, the_gram, rhs
+    layout = dataclasses.replace(the_plan.layout, sparse=False)
+    the_plan = dataclasses.replace(the_plan, layout=layout)
+    standardised = gr.standardise(model.design)
+    return the_plan, units, *gr.crossproducts(model.design, the_plan, standardised)
+
+
+def choose_lanes(layout: Layout, platform: str | None = None) -> int:
+    """Items side by side: all that an accelerator holds; on a CPU as many as fit its cache."""
+    if layout.d > LARGE_CORE:
+        return 1
+    if (platform or jax.default_backend()) != "cpu":
+        return 1024
+    numbers = sum(S * (S + layout.d + layout.p + 1) * J for _, S, J in layout.chain)
+    return int(np.clip(2 ** int(np.log2(1e5 / (numbers + 50))), 4, 64))
+
+
+def bucket(m: int, lanes: int) -> int:
+    """The padded number of items: lanes times a power of two, so that few shapes are compiled."""
+    return lanes * 2 ** int(np.ceil(np.log2(max(-(-m // lanes), 1))))
+
+
+def pad_items(tree: Any, m: int, size: int) -> Any:
+    """Repeat the last item until there are ``size``; the lanes do not see one another."""
+    return jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[-1:], size - m, axis=0)]), tree)
+
+
+def fit_items(
+    layout: Layout,
+    method: str,
+    gram: Gram,
+    rhs: Rhs,
+    theta0: np.ndarray | None = None,
+    *,
+    shared: bool = True,
+    lanes: int | None = None,
+    size: int | None = None,
+    mesh: Any = None,
+    retry: bool = True,
+) -> Batch:
+    """Fit every item; retry those that fail from other starts.
+
+    Parameters
+    ----------
+    layout : Layout
+    method : {"REML", "ML"}
+    gram : Gram
+        One for all items, or with a leading axis of items (``shared=False``).
+    rhs : Rhs
+        With a leading axis of items.
+    theta0 : array, shape (m, n_theta) or (n_theta,), optional
+        Starts; the identity by default.
+    lanes : int, optional
+        Items side by side; chosen from the size of the blocks by default.
+    size : int, optional
+        Pad to this many items, so that the last chunk of many runs the program of the others.
+    mesh : jax.sharding.Mesh, optional
+        Devices to share the items among.
+    retry : bool
+        Try failed items again.
+
+    Returns
+    -------
+    Batch
+
+    Notes
+    -----
+    Call it inside :func:`lmmjax.float64`. One program is compiled for each layout and each power of
+    two of items.
+    """
+    m = len(rhs.yy)
+    start = estimate.start(layout) if theta0 is None else np.asarray(theta0)
+    lanes = min(lanes or choose_lanes(layout), 2 ** int(np.ceil(np.log2(max(m, 1)))))
+    size = bucket(max(m, size or 0), lanes * (1 if mesh is None else mesh.size))
+    run = functools.partial(_run, layout, method, shared, lanes, size, mesh)
+    items = run(gram, rhs, start)
+    status = judge(layout, items, rhs)
+    failed = np.flatnonzero((status == LIMIT) | (status == STUCK)) if retry else np.zeros(0, int)
+    retried = np.isin(np.arange(m), failed)
+    for factor in OTHER_STARTS:
+        if not len(failed):
+            break
+        pick = lambda a: np.asarray(a)[failed]  # noqa: B023, E731
+        some, few = (gram if shared else jax.tree.map(pick, gram)), jax.tree.map(pick, rhs)
+        again = run(some, few, factor * estimate.start(layout))
+        verdict = judge(layout, again, few)
+        better = verdict <= SINGULAR
+        items = jax.tree.map(functools.partial(_replace, failed[better], better), items, again)
+        status[failed[better]] = verdict[better]
+        failed = failed[~better]
+    return Batch(items, status, retried)
+
+
+def _replace(at: np.ndarray, which: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    out = np.array(old)
+    out[at] = new[which]
+    return out
+
+
+def _run(
+    layout: Layout,
+    method: str,
+    shared: bool,
+    lanes: int,
+    size: int,
+    mesh: Any,
+    gram: Gram,
+    rhs: Rhs,
+    start: np.ndarray,
+) -> Items:
+    """One compiled call on padded items; NumPy out. A retry runs the program of the first try."""
+    m = len(rhs.yy)
+    theta0 = np.broadcast_to(start, (m, layout.n_theta))
+    rhs, theta0 = pad_items((rhs, theta0), m, size)
+    gram = gram if shared else pad_items(gram, m, size)
+    if mesh is None:
+        out = compiled(layout, method, lanes, shared, gram, rhs, theta0)
+    else:
+        from lmmjax.sharding import run_sharded
+
+        out = run_sharded(mesh, layout, method, lanes, shared, gram, rhs, theta0)
+    return jax.tree.map(lambda a: np.asarray(a)[:m], out)
+
+
+def judge(layout: Layout, items: Items, rhs: Rhs) -> np.ndarray:
+    """The verdict on each item, by the checks of a single fit; (m,) keys of WORDS."""
+    value, gradient, hessian = (np.asarray(a) for a in (items.value, items.gradient, items.hessian))
+    raw = np.asarray(items.raw_status)
+    given = np.isfinite(np.asarray(rhs.yy)) & np.all(np.isfinite(np.asarray(rhs.core)), axis=-1)
+    finite = np.isfinite(value) & np.all(np.isfinite(hessian), axis=(-1, -2))
+    finite &= np.all(np.isfinite(gradient), axis=-1)
+    status = np.zeros(len(value), np.int8)
+    if layout.n_theta:
+        safe = np.where(finite[:, None, None], hessian, np.eye(layout.n_theta))
+        promised, lowest = _promised(np.where(finite[:, None], gradient, 0.0), safe)
+        largest = np.maximum(1.0, np.max(np.abs(safe), axis=(-1, -2)))
+        curved = lowest > -1e-6 * largest
+        good = (promised < 1e-6) & curved & np.isin(raw, (CONVERGED, FLAT_STOP, MAX_ITERATIONS))
+        status[is_singular(items)] = SINGULAR
+        status[~good] = np.where(raw[~good] == MAX_ITERATIONS, LIMIT, STUCK)
+    status[~finite] = STUCK
+    status[~given] = NOT_FINITE
+    return status
+
+
+def _promised(gradient: np.ndarray, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``optimize.newton_decrement`` of every item, and the lowest eigenvalue of its Hessian."""
+    e, Q = np.linalg.eigh(hessian)
+    along = np.einsum("mij,mi->mj", Q, gradient)
+    floor = np.sqrt(np.finfo(float).eps) * np.abs(e).max(axis=1, keepdims=True).clip(1.0)
+    return 0.5 * np.sum(along**2 / np.maximum(np.abs(e), floor), axis=1), e[:, 0]
+
+
+def is_singular(items: Items) -> np.ndarray:
+    """Whether a relative factor of an item is on the boundary, (m,)."""
+    out = np.zeros(len(items.value), bool)
+    for lam in items.lams:
+        lam = np.asarray(lam)
+        known = np.all(np.isfinite(lam), axis=(-1, -2), keepdims=True)
+        diagonal = np.linalg.qr(np.swapaxes(np.where(known, lam, 1.0), -1, -2), mode="r")
+        smallest = np.min(np.abs(np.diagonal(diagonal, axis1=-2, axis2=-1)), axis=-1)
+        out |= (smallest < SINGULAR_TOLERANCE) & known[:, 0, 0]
+    return out

@@ -1,0 +1,381 @@
+r"""``fit_groups``: one formula, many data sets, ragged, a few compiled programs.
+
+The formula is evaluated once on the whole table. Cross-products of all data sets are summed without
+a loop over them (assemble.py) and padded to a few bucket sizes; each bucket is one batch. Data sets
+that lack a level of a fixed factor, or have dependent columns, form buckets with the columns that
+they have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lmmjax import assemble, batch
+from lmmjax.assemble import ItemUnits, Stack
+from lmmjax.batchfit import (
+    Arrays,
+    BatchFit,
+    TermLabels,
+    check_df,
+    concatenate,
+    missing_items,
+    take,
+)
+from lmmjax.design import Design, build_design
+from lmmjax.errors import DataError
+from lmmjax.many import _bar, _model, _rows
+from lmmjax.model import check_method
+from lmmjax.precision import in_float64
+from lmmjax.rank import independent_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lmmjax.fit import Fit
+
+#: eigenvalues of an item's centred and scaled X'X below this are looked at closely
+NEARLY = 1e-9
+
+#: data sets fitted at a time at most
+MOST = 4096
+
+
+@in_float64
+def fit_groups(
+    formula: str,
+    data: Any,
+    by: str | list[str],
+    *,
+    method: str = "REML",
+    df: str | None = None,
+    weights: Any = None,
+    offset: Any = None,
+    contrasts: dict[str, str] | None = None,
+    missing: str = "drop",
+    chunk: int | None = None,
+    mesh: Any = None,
+    progress: bool = False,
+) -> BatchFit:
+    """Fit one formula to many data sets: a model for each value of ``by``.
+
+    Parameters
+    ----------
+    formula : str
+    data : table
+        All data sets, one below the other, in any order.
+    by : str or list of str
+        Columns whose values tell the data sets apart; several give items that are tuples.
+    method, df, weights, offset, contrasts, missing
+        As :class:`lmmjax.Model`; weights may differ from data set to data set.
+    chunk : int, optional
+        Data sets at a time; 4,096 by default, fewer where their blocks are large.
+    mesh : jax.sharding.Mesh, optional
+        Devices to share the items among.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    BatchFit
+        Items in level order. A data set that lacks a level of a fixed factor has NaN for that
+        coefficient, as a fit of it alone would leave it out. An interrupt (Ctrl-C) returns what was
+        fitted so far, with a note.
+
+    Raises
+    ------
+    FormulaError, DataError, DesignError
+
+    Notes
+    -----
+    Transforms that learn from the data (``poly``, ``scale``, splines) and the levels of factors are
+    those of the whole table, so that coefficients mean the same in every item.
+
+    Levels are padded to 8 times a power of 4 (of 2 above 4,096 data sets), or all to one size where
+    there is little to do; each size is a compiled program.
+
+    Examples
+    --------
+    >>> import lmmjax as lmm
+    >>> data = lmm.load_dataset("Machines")
+    >>> batch = lmm.fit_groups("score ~ 1 + (1 | Worker)", data, by="Machine")
+    >>> batch.coef_table()[["item", "estimate"]].round(2).values.tolist()
+    [['A', 52.36], ['B', 60.32], ['C', 66.27]]
+    """
+    began = time.perf_counter()
+    method = check_method(method)
+    df = None if df is None else check_df(df)
+    frame, keys = _frame_and_keys(data, by)
+    design = build_design(
+        formula,
+        frame,
+        weights=weights,
+        offset=offset,
+        contrasts=contrasts,
+        missing=missing,
+    )
+    labels, item = _items(keys, np.asarray(design.rows), by)
+    stack, order = _stack(design, item, len(labels))
+    worker = _Worker(stack, method, mesh, chunk)
+    arrays, notes = worker.run(progress)
+    df = df or ("satterthwaite" if design.terms else "residual")
+
+    single = _Single(design, order, stack.item, worker.columns, formula, method, df)
+    return BatchFit(
+        formula=formula,
+        method=method,
+        df=df,
+        items=labels,
+        x_names=tuple(design.x_names),
+        terms=tuple(TermLabels(t.group, tuple(t.names), t.cov) for t in design.terms),
+        arrays=arrays,
+        seconds=time.perf_counter() - began,
+        notes=tuple(notes),
+        _single=single,
+    )
+
+
+def _frame_and_keys(data: Any, by: str | list[str]) -> tuple[Any, list[Any]]:
+    """The table on positions 0, 1 ..., and its ``by`` columns."""
+    import pandas as pd
+
+    from lmmjax.expr import Name
+    from lmmjax.table import Table
+
+    names = [by] if isinstance(by, str) else list(by)
+    if not names:
+        raise DataError("found by=[]; expected the name of a column that tells data sets apart.")
+    table = Table(data)
+    columns = table.read([Name(name) for name in names])
+    if isinstance(data, pd.DataFrame):
+        data = data.set_axis(pd.RangeIndex(len(data)))
+    return data, [columns[name] for name in names]
+
+
+def _items(keys: list[Any], rows: np.ndarray, by: Any) -> tuple[pd.Index, np.ndarray]:
+    """Labels of the data sets, and the data set of each row used."""
+    import pandas as pd
+
+    used = [k.iloc[rows] for k in keys]
+    if any(k.isna().any() for k in used):
+        raise DataError(f"found missing values in {by!r}; expected a data set for every row.")
+    codes, levels = zip(*(_coded(k) for k in used), strict=True)
+    if len(codes) == 1:
+        found, item = np.unique(codes[0], return_inverse=True)
+        return pd.Index(levels[0][found], name=keys[0].name), item
+    joint = np.ravel_multi_index(codes, [len(v) for v in levels])
+    found, item = np.unique(joint, return_inverse=True)
+    parts = np.unravel_index(found, [len(v) for v in levels])
+    arrays = [v[i] for v, i in zip(levels, parts, strict=True)]
+    return pd.MultiIndex.from_arrays(arrays, names=[k.name for k in keys]), item
+
+
+def _coded(key: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    import pandas as pd
+
+    if isinstance(key.dtype, pd.CategoricalDtype):
+        return key.cat.codes.to_numpy(), np.asarray(key.cat.categories)
+    codes, levels = pd.factorize(key, sort=True)
+    return codes, np.asarray(levels)
+
+
+def _stack(design: Design, item: np.ndarray, m: int) -> tuple[Stack, np.ndarray]:
+    """The rows sorted by item, and their order."""
+    order = np.argsort(item, kind="stable")
+    terms = tuple(dataclasses.replace(t, z=t.z[order], codes=t.codes[order]) for t in design.terms)
+    y = (design.y - design.offset if design.has_offset else design.y)[order]
+    w = np.asarray(design.weights, float)[order] if design.has_weights else None
+    return Stack(item[order], design.X[order], y, w, terms, m), order
+
+
+@dataclass(frozen=True, eq=False)
+class _Single:
+    """The ordinary fit of one data set, on the columns that the batch used."""
+
+    design: Design
+    order: np.ndarray
+    item: np.ndarray
+    columns: np.ndarray
+    formula: str
+    method: str
+    df: str
+
+    def __call__(self, i: int) -> Fit:
+        here = np.zeros(self.design.n, bool)
+        here[self.order[self.item == i]] = True
+        piece = _rows(self.design, here, drop_levels=True)
+        columns = self.columns[i]
+        if not columns.all():
+            names = np.array(piece.x_names)
+            piece = dataclasses.replace(
+                piece,
+                X=np.asfortranarray(piece.X[:, columns]),
+                x_names=tuple(names[columns]),
+                x_assign=piece.x_assign[columns],
+                aliased=(*piece.aliased, *names[~columns]),
+            )
+        return _model(self.formula, piece).fit(self.method, df=self.df)
+
+
+# -------------------------------------------------------------------------------------------------
+# Buckets
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Worker:
+    """Sorts items into buckets and fits these one after the other."""
+
+    stack: Stack
+    method: str
+    mesh: Any
+    chunk: int | None
+
+    def __post_init__(self) -> None:
+        stack = self.stack
+        self.n = np.bincount(stack.item, minlength=stack.m)
+        self.levels = [assemble.levels_of(stack, t) for t in stack.terms]
+        self.columns = kept_columns(stack)
+        p = self.columns.sum(axis=1)
+        fits = self.n > p
+        for t, v in zip(stack.terms, self.levels, strict=True):
+            fits &= (v.number >= 2) & (v.number * t.z.shape[1] < self.n)
+        self.fits = fits
+
+    def buckets(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(columns, items) of each bucket, items at most ``chunk``."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        sizes = [self._sizes(v.number) for v in self.levels]
+        for i in np.flatnonzero(self.fits).tolist():
+            key = (*self.columns[i].tolist(), *(int(s[i]) for s in sizes))
+            groups.setdefault(key, []).append(i)
+        out = []
+        for key, members in groups.items():
+            columns = np.array(key[: self.columns.shape[1]], bool)
+            limit = self.chunk or self._chunk(key[self.columns.shape[1] :], int(columns.sum()))
+            for at in range(0, len(members), limit):
+                out.append((columns, np.array(members[at : at + limit])))
+        return out
+
+    def _sizes(self, count: np.ndarray) -> np.ndarray:
+        """Levels to pad to; one size for all where the work saved would not pay a compilation."""
+        if self.stack.m * int(count.max()) <= 2**15:
+            count = np.full_like(count, count.max())
+        return bucket_size(count, 2 if self.stack.m > MOST else 4)
+
+    def _chunk(self, sizes: tuple[int, ...], p: int) -> int:
+        """Data sets at a time: 64 MB of blocks."""
+        q = [t.z.shape[1] * J for t, J in zip(self.stack.terms, sizes, strict=True)]
+        largest = max(q, default=0)
+        numbers = (sum(q) - largest + p) * (sum(q) + p) + 4 * largest + 1
+        return int(np.clip(2**23 // numbers, 8, MOST))
+
+    def run(self, progress: bool) -> tuple[Arrays, list[str]]:
+        """Fit all buckets; items in order."""
+        parts, places, notes = [], [], []
+        bar = _bar(progress, self.stack.m)
+        try:
+            for columns, members in self.buckets():
+                parts.append(self._fit(columns, members))
+                places.append(members)
+                bar.update(len(members))
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            notes.append("interrupted; some items were not run")
+            warnings.warn(notes[0], UserWarning, stacklevel=4)
+        finally:
+            bar.close()
+        if not parts:
+            raise DataError(
+                "found no data set with enough rows and levels for the model; expected more rows "
+                "than effects, and two levels of each grouping factor, in at least one."
+            )
+        status = np.where(self.fits, batch.NOT_RUN, batch.TOO_FEW)
+        rest = np.setdiff1d(np.arange(self.stack.m), np.concatenate(places))
+        blank = missing_items(len(rest), parts[0], batch.NOT_RUN)
+        parts.append(blank._replace(status=status[rest].astype(np.int8), n_obs=self.n[rest]))
+        whole = concatenate(parts)
+        return take(whole, np.argsort(np.concatenate([*places, rest]), kind="stable")), notes
+
+    def _fit(self, columns: np.ndarray, members: np.ndarray) -> Arrays:
+        some = self.stack.take(members, np.flatnonzero(columns))
+        the_plan, levels = assemble.plan(some)
+        sizes = tuple(int(self._sizes(v.number).max()) for v in levels)
+        gram, rhs, units = assemble.products(some, the_plan, levels, sizes)
+        layout = assemble.padded(the_plan, sizes)
+        done = batch.fit_items(
+            layout, self.method, gram, rhs, shared=False, mesh=self.mesh, size=self.chunk
+        )
+        return _widened(arrays_of(done, units, self.method), columns)
+
+
+def bucket_size(count: np.ndarray, base: int) -> np.ndarray:
+    """The number of levels to pad to: 8 times a power of ``base``."""
+    power = np.ceil(np.log(np.maximum(count, 8) / 8) / np.log(base) - 1e-9)
+    return (8 * base**power).astype(int)
+
+
+def kept_columns(stack: Stack) -> np.ndarray:
+    """Which columns of X each item keeps, (m, p), as ``lm`` would drop dependent ones."""
+    m, p = stack.m, stack.X.shape[1]
+    keep = np.ones((m, p), bool)
+    if p == 0:
+        return keep
+    smallest = np.linalg.eigvalsh(np.nan_to_num(assemble.fixed_products(stack)))[:, 0]
+    starts = np.searchsorted(stack.item, np.arange(m + 1))
+    constant = bool(np.all(stack.X[:, 0] == 1.0))
+    for i in np.flatnonzero(smallest < NEARLY):
+        keep[i] = independent_columns(stack.X[starts[i] : starts[i + 1]], constant)
+    return keep
+
+
+def arrays_of(done: batch.Batch, units: ItemUnits, method: str) -> Arrays:
+    """Estimates of items with units of their own in the units of the data."""
+    items, A, scale = done.items, units.A, units.scale
+    p = A.shape[-1]
+    sigma = scale * np.sqrt(items.sigma2)
+    covs = []
+    for B, lam in zip(units.B, items.lams, strict=True):
+        half = B @ lam
+        covs.append((sigma**2)[:, None, None] * half @ np.swapaxes(half, 1, 2))
+    reml = method == "REML"
+    constant = 2 * (units.n - (p if reml else 0)) * np.log(scale)
+    if reml and p:
+        constant = constant - 2 * np.linalg.slogdet(A)[1]
+    At = np.swapaxes(A, 1, 2)
+    dV = np.einsum("mia,mabk,mjb->mijk", A, items.dvcov, A, optimize=True)
+    status = np.where(units.exact & (done.status != batch.NOT_FINITE), batch.EXACT, done.status)
+    return Arrays(
+        n_obs=units.n,
+        p=np.full(len(scale), p),
+        beta=units.beta0 + scale[:, None] * np.einsum("mij,mj->mi", A, items.beta),
+        vcov=sigma[:, None, None] ** 2 * (A @ items.unscaled_vcov @ At),
+        dvcov=dV * scale[:, None, None, None] ** 2,
+        hessian=items.hessian,
+        covs=tuple(covs),
+        sigma=sigma,
+        loglik=-0.5 * (items.value + constant),
+        n_evals=items.n_evals,
+        status=status.astype(np.int8),
+        retried=done.retried,
+    )
+
+
+def _widened(arrays: Arrays, columns: np.ndarray) -> Arrays:
+    """NaN for the coefficients that the items of a bucket lack."""
+    if columns.all():
+        return arrays
+    p, at = len(columns), np.flatnonzero(columns)
+    m, k = len(arrays.sigma), arrays.hessian.shape[-1]
+    beta, vcov = np.full((m, p), np.nan), np.full((m, p, p), np.nan)
+    dvcov = np.full((m, p, p, k), np.nan)
+    beta[:, at] = arrays.beta
+    vcov[np.ix_(np.arange(m), at, at)] = arrays.vcov
+    dvcov[np.ix_(np.arange(m), at, at)] = arrays.dvcov
+    return arrays._replace(beta=beta, vcov=vcov, dvcov=dvcov)

@@ -1,0 +1,94 @@
+r"""Wald tests of variance components.
+
+The covariance of (ω̂, σ̂²), the variances and covariances of linear.py, is the inverse of half the
+Hessian of the fitted criterion (observed information, as SAS's COVTEST), z = estimate / SE. A
+variance cannot be negative, so its p-value is one-sided; that of a covariance is two-sided. Near
+the boundary the normal approximation is poor, at it void: every row says so in words.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lmmjax.inference import kenward_roger as kr
+from lmmjax.inference.linear import tangent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lmmjax.fit import Fit
+
+BOUNDARY = "on the boundary: z and p are not valid; use a likelihood ratio test with its mixture"
+VARIANCE = "one-sided; the normal approximation is poor near 0, prefer a likelihood ratio test"
+COVARIANCE = "two-sided; relies on a normal approximation"
+RESIDUAL = "one-sided; relies on a normal approximation"
+
+
+class Component(NamedTuple):
+    """A variance or covariance, and how it depends on (σ², ω) in standardised units."""
+
+    group: str
+    term1: str | None
+    term2: str | None
+    value: float
+    row: np.ndarray
+    caveat: str
+
+
+def wald(fit: Fit) -> pd.DataFrame:
+    """The table of ``Fit.variance_tests``."""
+    import pandas as pd
+    from scipy import stats
+
+    parts = components(fit)
+    J = np.array([c.row for c in parts])
+    se = np.sqrt(np.maximum(np.diag(J @ parameter_covariance(fit) @ J.T), 0.0))
+    estimate = np.array([c.value for c in parts])
+    void = np.array([c.caveat == BOUNDARY for c in parts]) | (se == 0)
+    z = np.where(void, np.nan, estimate / np.where(se > 0, se, 1.0))
+    two_sided = np.array([c.term2 is not None for c in parts])
+    p = np.where(two_sided, 2 * stats.norm.sf(np.abs(z)), stats.norm.sf(z))
+    frame = pd.DataFrame([c[:3] for c in parts], columns=["group", "term1", "term2"])
+    caveat = [c.caveat for c in parts]
+    return frame.assign(estimate=estimate, std_error=se, statistic=z, p_value=p, caveat=caveat)
+
+
+def parameter_covariance(fit: Fit) -> np.ndarray:
+    """Covariance of (σ̂², ω̂) in the standardised problem, relative to σ̂⁴: (1 + K, 1 + K)."""
+    e, d, sigma2 = fit._variance_tables
+    second = fit._second_tables
+    more = None if second is None else kr.curvature(e, second, d.along, sigma2, fit.method)
+    T = kr.to_sigma2(d.along)
+    return T @ kr.inverse(kr.observed_information(e, sigma2, fit.method, more)) @ T.T
+
+
+def components(fit: Fit) -> list[Component]:
+    """All variances and covariances in the order of ``varcorr``, in the units of the data."""
+    model = fit.model
+    structures, terms = model._plan.layout.structures, model.design.terms
+    lams = model._factors(fit._theta_s)
+    tangents = [tangent(s, lam @ lam.T) for s, lam in zip(structures, lams, strict=True)]
+    ends = 1 + np.cumsum([0, *(len(t.first) for t in tangents)])
+    out = []
+    for k, (term, t, cov) in enumerate(zip(terms, tangents, fit._term_covs(), strict=True)):
+        moved = fit.sigma**2 * model._units.B[k] @ t.first @ model._units.B[k].T
+        S, singular = len(cov), _singular(lams[k])
+        pairs = [(i, i) for i in range(S)]
+        pairs += [(i, j) for i in range(S) for j in range(i + 1, S) if np.any(moved[:, i, j])]
+        for i, j in pairs:
+            row = np.zeros(ends[-1])
+            row[ends[k] : ends[k + 1]] = moved[:, i, j]
+            caveat = BOUNDARY if singular else (VARIANCE if i == j else COVARIANCE)
+            other = None if i == j else term.names[j]
+            out.append(Component(term.group, term.names[i], other, cov[i, j], row, caveat))
+    residual = np.zeros(ends[-1])
+    residual[0] = fit.sigma**2
+    return [*out, Component("Residual", None, None, fit.sigma**2, residual, RESIDUAL)]
+
+
+def _singular(lam: np.ndarray) -> bool:
+    from lmmjax.fit import SINGULAR_TOLERANCE
+
+    return bool(np.min(np.abs(np.diag(np.linalg.qr(lam.T, mode="r")))) < SINGULAR_TOLERANCE)

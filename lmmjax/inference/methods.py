@@ -1,0 +1,514 @@
+"""The inferential methods of a fit: thin, each asks one of the files beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmmjax import estimate
+from lmmjax.errors import LmmError
+from lmmjax.inference import hypothesis
+from lmmjax.inference import kenward_roger as kr
+from lmmjax.inference.information import Tables, tables
+from lmmjax.inference.linear import Directions, directions
+from lmmjax.precision import in_float64
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lmmjax.fit import Fit
+    from lmmjax.inference.containment import Containment
+    from lmmjax.inference.robust import Sandwich
+
+
+class InferenceMethods:
+    """Tests, marginal means, variance shares and robust covariances of a :class:`lmmjax.Fit`.
+
+    Wherever ``df=`` can be said it is one of ``"satterthwaite"``, ``"kenward-roger"`` (REML fits
+    only; ``information="expected"`` as pbkrtest or ``"observed"`` as SAS), ``"residual"`` (n - p),
+    ``"containment"`` (nlme's inner-outer rule, nested factors) and ``"wald"`` (infinite). It is by
+    default that of the fit. Linear models have n - p degrees of freedom by every method but Wald.
+    """
+
+    @property
+    def _fit(self) -> Fit:
+        return cast("Fit", self)
+
+    # -- coefficients -----------------------------------------------------------------------------
+
+    def vcov(
+        self,
+        kind: str = "model",
+        *,
+        information: str | None = None,
+        second_order: bool = True,
+        group: Any = None,
+        correction: str = "CR2",
+    ) -> pd.DataFrame:
+        """Covariance of the fixed effects, (p, p).
+
+        Parameters
+        ----------
+        kind : {"model", "kenward-roger", "robust"}
+            σ²(X'V⁻¹X)⁻¹ at the estimates; Kenward and Roger's adjustment of it (REML only); the
+            sandwich by group.
+        information : {"expected", "observed"}, optional
+            For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's.
+        second_order : bool
+            For Kenward-Roger: include the second derivatives of V. They are zero for all structures
+            but ``cs`` with own variances, since V is linear in variances and covariances.
+        group : str or array (n_obs,), optional
+            For the sandwich: independent groups; by default the outermost grouping factor, rows in
+            a linear model.
+        correction : {"CR0", "CR1", "CR2"}
+            For the sandwich; CR2 is unbiased under the model.
+
+        Raises
+        ------
+        LmmError
+            Unknown names, or Kenward-Roger for an ML fit.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> model = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff"))
+        >>> float(model.fit().vcov("kenward-roger").iloc[0, 0])
+        375.72...
+        """
+        import pandas as pd
+
+        if kind == "model":
+            V = self._fit.sigma**2 * self._fit._unscaled_vcov
+        elif kind == "kenward-roger":
+            V = hypothesis.method(self._fit, "kenward-roger", information, second_order).vcov
+        elif kind == "robust":
+            V = self._sandwich(group, correction).vcov
+        else:
+            raise LmmError(
+                f"vcov(kind={kind!r}) is unknown; expected 'model', 'kenward-roger' or 'robust'."
+            )
+        names = list(self._fit.model.design.x_names)
+        return pd.DataFrame(V, index=names, columns=names)
+
+    def coef_table(
+        self,
+        df: str | None = None,
+        level: float = 0.95,
+        *,
+        information: str | None = None,
+        second_order: bool = True,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
+    ) -> pd.DataFrame:
+        """Estimates, standard errors, degrees of freedom, tests and intervals per coefficient.
+
+        Parameters
+        ----------
+        df : str, optional
+            Degrees of freedom, see the class; "kenward-roger" takes its adjusted standard errors.
+        level : float
+            Of the confidence intervals.
+        information, second_order
+            Of Kenward-Roger, see :meth:`vcov`.
+        vcov : {"robust"}, optional
+            Sandwich standard errors by ``group`` with Bell and McCaffrey's degrees of freedom (or
+            infinite ones with ``df="wald"``).
+
+        Returns
+        -------
+        DataFrame
+            Columns ``estimate std_error df statistic p_value ci_low ci_high``.
+        """
+        fit = self._fit
+        p, names = len(fit._beta), list(fit.model.design.x_names)
+        if vcov not in (None, "model", "robust"):
+            raise LmmError(f"vcov={vcov!r} is unknown; expected 'model' or 'robust'.")
+        if vcov == "robust":
+            m = self._robust_method(df, group, correction)
+        else:
+            m = hypothesis.method(fit, df, information, second_order)
+        return hypothesis.t_table(m, np.eye(p), np.zeros(p), names, level)
+
+    def _robust_method(self, df: str | None, group: Any, correction: str) -> hypothesis.Method:
+        s = self._sandwich(group, correction)
+        if df not in (None, "wald"):
+            raise LmmError(
+                f"df={df!r} does not go with vcov='robust', which has Bell and McCaffrey's; leave "
+                "it out, or give 'wald'."
+            )
+
+        def degrees(L: np.ndarray) -> np.ndarray:
+            return np.full(len(L), np.inf) if df == "wald" else s.degrees(L)
+
+        def joint(L: np.ndarray) -> tuple[float, float]:
+            raise LmmError("joint tests with a robust covariance are not available.")
+
+        return hypothesis.Method("robust", self._fit._beta, s.vcov, degrees, joint)
+
+    # -- hypotheses -------------------------------------------------------------------------------
+
+    def test(
+        self,
+        L: Any,
+        rhs: Any = 0.0,
+        df: str | None = None,
+        joint: bool = True,
+        *,
+        information: str | None = None,
+        second_order: bool = True,
+        level: float = 0.95,
+    ) -> pd.DataFrame:
+        """Test linear hypotheses Lβ = rhs about the fixed effects.
+
+        Parameters
+        ----------
+        L : array (r, p) or (p,), DataFrame, str or list of str
+            A matrix, with the columns of ``beta``, or of all columns with the aliased ones (then
+            each row must be estimable); or words: ``"Days = 10"``,
+            ``"MachineB - MachineC = 0, MachineB = 8"``.
+        rhs : float or array (r,)
+            Right-hand sides, for a matrix.
+        df, information, second_order
+            See the class and :meth:`vcov`.
+        joint : bool
+            One F test of all rows, or a t test a row.
+        level : float
+            Of the intervals with ``joint=False``.
+
+        Returns
+        -------
+        DataFrame
+            ``num_df den_df statistic p_value scaling`` (scaling λ of Kenward-Roger is contained in
+            the statistic), or the columns of :meth:`coef_table`.
+
+        Raises
+        ------
+        LmmError
+            Unknown or aliased coefficients, wrong shapes, rows that contradict each other.
+        """
+        from lmmjax.inference.estimable import hypotheses
+
+        h = hypotheses(self._fit.model.design, L, rhs)
+        m = hypothesis.method(self._fit, df, information, second_order)
+        if not joint:
+            return hypothesis.t_table(m, h.L, h.rhs, h.names, level)
+        return hypothesis.f_frame({"; ".join(h.names): m.f_test(h.L, h.rhs)}, scaling=True)
+
+    def anova(
+        self,
+        type: int | str = 3,
+        df: str | None = None,
+        *,
+        information: str | None = None,
+        second_order: bool = True,
+    ) -> pd.DataFrame:
+        """F tests of the fixed terms.
+
+        Parameters
+        ----------
+        type : {1, 2, 3}
+            Sequential; adjusted for all terms that do not contain the term; marginal, as with
+            sum-to-zero coding whatever the contrasts in use.
+        df, information, second_order
+            See the class and :meth:`vcov`.
+
+        Returns
+        -------
+        DataFrame
+            Index term; ``sum_sq mean_sq num_df den_df statistic p_value``. In mixed models mean_sq
+            is F σ² (as lmerTest); Kenward-Roger's scaling is in the statistic, not in it.
+
+        Warns
+        -----
+        EstimabilityWarning
+            Where columns are aliased, by empty cells for instance.
+        """
+        from lmmjax.inference import anova
+
+        fit = self._fit
+        m = hypothesis.method(fit, df, information, second_order)
+        by_term = anova.hypotheses(fit, type)
+        tests = {t: m.f_test(L, np.zeros(len(L))) for t, L in by_term.items()}
+        if m.name == "containment":
+            own = dict(zip(fit.model.design.x_terms, fit._containment.terms, strict=True))
+            tests = {
+                t: f._replace(
+                    den_df=own[t], p_value=hypothesis.f_tail(f.statistic, f.num_df, own[t])
+                )
+                for t, f in tests.items()
+            }
+        table = hypothesis.f_frame(tests)
+        mean = np.array([t.statistic / t.scaling for t in tests.values()]) * fit.sigma**2
+        table.insert(0, "mean_sq", mean.astype(float))
+        table.insert(0, "sum_sq", table["mean_sq"] * table["num_df"])
+        return table.rename_axis("term")
+
+    # -- marginal means -------------------------------------------------------------------------
+
+    def emmeans(
+        self,
+        specs: Any,
+        by: Any = None,
+        weights: str = "equal",
+        df: str | None = None,
+        *,
+        at: Mapping[str, Any] | None = None,
+        level: float = 0.95,
+        information: str | None = None,
+        second_order: bool = True,
+    ) -> pd.DataFrame:
+        """Estimated marginal means of factors.
+
+        Parameters
+        ----------
+        specs, by : str or list of str
+            Factors of the fixed part; the means are given for each combination, ``by`` last.
+        weights : {"equal", "proportional"}
+            How the other factors' levels are averaged: alike, or by their frequency in the data.
+        df, information, second_order
+            See the class and :meth:`vcov`.
+        at : dict, optional
+            Values of covariates (their means by default) or levels of factors.
+        level : float
+
+        Returns
+        -------
+        DataFrame
+            A column per factor, then ``emmean std_error df ci_low ci_high``; a mean offset of the
+            model is included.
+
+        Warns
+        -----
+        EstimabilityWarning
+            Means that need an empty cell are NaN.
+        """
+        from lmmjax.inference import means
+
+        m = hypothesis.method(self._fit, df, information, second_order)
+        design = self._fit.model.design
+        names = (*means.names_of(specs), *means.names_of(by))
+        c = means.averages(design, names, weights, at)
+        return means.frame(m, c, "emmean", float(np.mean(design.offset)), level)
+
+    def emtrends(
+        self,
+        var: str,
+        by: Any = None,
+        weights: str = "equal",
+        df: str | None = None,
+        *,
+        at: Mapping[str, Any] | None = None,
+        level: float = 0.95,
+        information: str | None = None,
+        second_order: bool = True,
+    ) -> pd.DataFrame:
+        """Slopes in a covariate for each level of ``by``, at the other covariates' means.
+
+        Returns
+        -------
+        DataFrame
+            A column per factor, then ``<var>.trend std_error df ci_low ci_high``. Options as
+            :meth:`emmeans`.
+        """
+        from lmmjax.inference import means
+
+        m = hypothesis.method(self._fit, df, information, second_order)
+        c = means.trends(self._fit.model.design, var, means.names_of(by), weights, at)
+        return means.frame(m, c, f"{var}.trend", 0.0, level)
+
+    def contrasts(
+        self,
+        specs: Any,
+        method: str | Mapping[str, Sequence[float]] = "pairwise",
+        adjust: str | None = None,
+        by: Any = None,
+        df: str | None = None,
+        *,
+        trend: str | None = None,
+        weights: str = "equal",
+        at: Mapping[str, Any] | None = None,
+        information: str | None = None,
+        second_order: bool = True,
+    ) -> pd.DataFrame:
+        """Contrasts of marginal means, or of trends.
+
+        Parameters
+        ----------
+        specs, by : str or list of str
+            Factors whose means are compared; separately for each combination of ``by``.
+        method : {"pairwise", "trt.vs.ctrl", "poly"} or dict
+            All pairs; each level against the first; orthogonal polynomials with whole coefficients;
+            or ``{"label": weights}``.
+        adjust : {"tukey", "holm", "bonferroni", "bh", "none"}, optional
+            Within each family. Default: Tukey for pairs, Holm against a control, else none.
+        trend : str, optional
+            Compare slopes in this covariate instead of means.
+        df, information, second_order, weights, at
+            As :meth:`emmeans`.
+
+        Returns
+        -------
+        DataFrame
+            ``contrast``, the columns of ``by``, ``estimate std_error df statistic p_value``.
+        """
+        from lmmjax.inference import means
+
+        m = hypothesis.method(self._fit, df, information, second_order)
+        design, conditions = self._fit.model.design, means.names_of(by)
+        names = (*means.names_of(specs), *conditions)
+        if trend is None:
+            c = means.averages(design, names, weights, at)
+        else:
+            c = means.trends(design, trend, names, weights, at)
+        return means.compare(m, c, len(conditions), method, adjust)
+
+    # -- variances --------------------------------------------------------------------------------
+
+    def variance_tests(self) -> pd.DataFrame:
+        """Wald tests of the variance components.
+
+        Returns
+        -------
+        DataFrame
+            ``group term1 term2 estimate std_error statistic p_value caveat``, rows as
+            :meth:`lmmjax.Fit.varcorr`: variances (one-sided) and covariances (two-sided) with SEs
+            from the observed information. On the boundary z and p are NaN, and the caveat says so.
+        """
+        from lmmjax.inference.components import wald
+
+        return wald(self._fit)
+
+    def variance_partition(self) -> pd.DataFrame:
+        """Shares of the variance of a row: fixed part, each grouping factor, residual.
+
+        Returns
+        -------
+        DataFrame
+            Index ``source``; ``variance proportion``. Random slopes count by their mean over rows.
+        """
+        import pandas as pd
+
+        from lmmjax.inference.explained import shares
+
+        fixed, random, residual = shares(self._fit)
+        variance = pd.Series({"Fixed": fixed, **random, "Residual": residual}, name="variance")
+        table = pd.DataFrame({"variance": variance, "proportion": variance / variance.sum()})
+        return table.rename_axis("source")
+
+    def r2(self) -> pd.Series:
+        """Nakagawa's R²: ``marginal`` (fixed part) and ``conditional`` (with random effects)."""
+        import pandas as pd
+
+        from lmmjax.inference.explained import shares
+
+        fixed, random, residual = shares(self._fit)
+        total = fixed + sum(random.values()) + residual
+        both = (fixed / total, (fixed + sum(random.values())) / total)
+        return pd.Series(both, index=["marginal", "conditional"], name="r2")
+
+    def icc(self) -> pd.Series:
+        """Intraclass correlation: ``adjusted`` for, and ``unadjusted`` for, the fixed part."""
+        import pandas as pd
+
+        from lmmjax.inference.explained import shares
+
+        fixed, random, residual = shares(self._fit)
+        between = sum(random.values())
+        both = (between / (between + residual), between / (fixed + between + residual))
+        return pd.Series(both, index=["adjusted", "unadjusted"], name="icc")
+
+    # -- what the methods share -------------------------------------------------------------------
+
+    def _satterthwaite(self, L: np.ndarray) -> np.ndarray:
+        """Satterthwaite df of each row of L β; see :func:`lmmjax.satterthwaite.degrees`."""
+        from lmmjax.satterthwaite import degrees
+
+        fit = self._fit
+        V, dV = self._vcov_derivative
+        nu = fit.n_obs - (len(fit._beta) if fit.method == "REML" else 0)
+        return degrees(L, V, dV, fit._hessian_s, float(nu))
+
+    @cached_property
+    @in_float64
+    def _vcov_derivative(self) -> tuple[np.ndarray, np.ndarray]:
+        fit = self._fit
+        layout = fit.model._plan.layout
+        if fit.model.is_structured:
+            from lmmjax.residual import program
+
+            free = jnp.asarray(np.concatenate([fit._theta_s, fit.phi]))
+            V, dV = program.vcov_and_derivative(layout, fit.method, free, fit.model._prepared[2])
+        else:
+            V, dV = estimate.vcov_and_derivative(
+                layout, fit.method, jnp.asarray(fit._theta_s), *fit._products
+            )
+        units = fit.model._units
+        back = units.scale * units.A
+        return back @ np.asarray(V) @ back.T, np.einsum(
+            "ia,abk,jb->ijk", back, np.asarray(dV), back
+        )
+
+    @cached_property
+    def _containment(self) -> Containment:
+        from lmmjax.inference.containment import containment
+
+        return containment(self._fit.model.design)
+
+    @in_float64
+    def _tables(self, d: Directions, E: list[np.ndarray]) -> Tables:
+        """Derivatives along ``E``; see information.py."""
+        fit = self._fit
+        the_gram, rhs = fit._products
+        theta = jnp.asarray(fit._theta_s)
+        found = tables(fit.model._plan.layout, theta, the_gram, rhs, d.sigmas, E)
+        return jax.tree.map(np.asarray, found)
+
+    @cached_property
+    def _variance_tables(self) -> tuple[kr.Extended, Directions, float]:
+        """Tables for (V, ω), the directions, and σ̂², all in standardised units."""
+        fit = self._fit
+        hypothesis.refuse_structured(fit, "a table of derivatives in the variances")
+        model = fit.model
+        d = directions(model._plan.layout, model._factors(fit._theta_s))
+        sigma2 = (fit.sigma / model._units.scale) ** 2
+        return kr.extend(self._tables(d, d.first), float(fit.n_obs)), d, sigma2
+
+    @cached_property
+    def _second_tables(self) -> Tables | None:
+        """Tables for the directions ∂²Σ/∂ω_i∂ω_j; None where Σ is linear in ω."""
+        d = self._variance_tables[1]
+        if not d.nonlinear:
+            return None
+        return self._tables(d, [E.reshape(-1, *E.shape[2:]) for E in d.second])
+
+    @cached_property
+    def _adjustments(self) -> dict[tuple[str, bool], kr.Adjustment]:
+        return {}
+
+    def _kenward_roger(self, information: str, second_order: bool) -> kr.Adjustment:
+        """The adjustment in the units of the data, made once for each choice."""
+        key = (information, second_order)
+        if key not in self._adjustments:
+            e, d, sigma2 = self._variance_tables
+            second = self._second_tables if second_order or information == "observed" else None
+            if information == "expected":
+                info = kr.expected_information(e)
+            else:
+                more = kr.curvature(e, second, d.along, sigma2, "REML") if second else None
+                info = kr.observed_information(e, sigma2, "REML", more)
+            R = kr.second_order(second, d.along) if second and second_order else None
+            units = self._fit.model._units
+            a = kr.adjust(e, sigma2, info, R)
+            self._adjustments[key] = kr.change_units(a, units.scale * units.A)
+        return self._adjustments[key]
+
+    def _sandwich(self, group: Any, correction: str) -> Sandwich:
+        from lmmjax.inference.robust import sandwich
+
+        return sandwich(self._fit, group, correction)

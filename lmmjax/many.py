@@ -1,0 +1,494 @@
+r"""``fit_many``: one design, many responses, in one compiled call a chunk.
+
+The cross-products of the design are made once; a chunk of responses adds Z'WY, X'WY and the squares
+(responses.py), levels with equal blocks are collapsed (collapse.py), and the batched core does the
+rest. A response with missing values has a design of its own, the rows it has; responses that lack
+the same rows share one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from lmmjax import batch, collapse, gram, start
+from lmmjax.batchfit import (
+    Arrays,
+    BatchFit,
+    TermLabels,
+    check_df,
+    concatenate,
+    missing_items,
+    take,
+)
+from lmmjax.errors import DataError
+from lmmjax.expr import parse_expr
+from lmmjax.gram import Layout, Units
+from lmmjax.model import Model, check_method
+from lmmjax.precision import in_float64
+from lmmjax.rank import independent_columns
+from lmmjax.responses import Products, Responses
+from lmmjax.sources import Source, open_source
+from lmmjax.table import Table
+
+if TYPE_CHECKING:
+    from lmmjax.fit import Fit
+
+#: name of the stand-in for the response while the design is built
+STAND_IN = "response"
+
+#: responses fitted at a time at most; more gain nothing
+MOST = 2048
+
+
+@in_float64
+def fit_many(
+    formula: str,
+    data: Any,
+    responses: Any,
+    *,
+    method: str = "REML",
+    df: str | None = None,
+    weights: Any = None,
+    offset: Any = None,
+    contrasts: dict[str, str] | None = None,
+    missing: str = "drop",
+    layer: str | None = None,
+    chunk: int | None = None,
+    mesh: Any = None,
+    progress: bool = False,
+) -> BatchFit:
+    """Fit one model to many responses on the same design.
+
+    Parameters
+    ----------
+    formula : str
+        ``"~ x + (x | g)"``; a left side is allowed and not used.
+    data : table
+        Covariates and groups, one row for each row of the responses.
+    responses : array (rows, m), table, list of str, sparse matrix, AnnData, or iterator
+        One column a response; a list names columns of ``data``; a memory map is read by chunks; an
+        iterator yields blocks (rows, k) or pairs (labels, block).
+    method : {"REML", "ML"}
+    df : {"satterthwaite", "residual", "wald"}, optional
+        Default as for a single fit.
+    weights, offset, contrasts
+        As :class:`lmmjax.Model`; one set for all responses.
+    missing : {"drop", "raise"}
+        A response with missing values is fitted on the rows it has (responses that lack the same
+        rows share a design), or an error. Rows with missing covariates are dropped for all, or an
+        error.
+    layer : str, optional
+        Layer of an AnnData object; its ``X`` by default.
+    chunk : int, optional
+        Responses at a time; by default chosen from the free memory, 2,048 at most.
+    mesh : jax.sharding.Mesh, optional
+        Devices to share the items of each chunk among.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    BatchFit
+        An interrupt (Ctrl-C) ends the work early; what was fitted so far is returned with a note.
+
+    Raises
+    ------
+    FormulaError, DataError, DesignError
+
+    Notes
+    -----
+    One pass over the responses, O(n (S + p)) each; each fit costs what a single one does without
+    its rows. Memory: the chunk's responses and products. The criterion of an item equals that of
+    the single fit to rounding.
+
+    Examples
+    --------
+    >>> import lmmjax as lmm
+    >>> data = lmm.load_dataset("Machines")
+    >>> two = data[["score"]].assign(twice=2 * data["score"])
+    >>> batch = lmm.fit_many("~ Machine + (1 | Worker)", data, responses=two)
+    >>> batch.coef_table(term="MachineB")[["item", "estimate"]].round(3).values.tolist()
+    [['score', 7.967], ['twice', 15.933]]
+    """
+    began = time.perf_counter()
+    method = check_method(method)
+    df = None if df is None else check_df(df)  # before any work is done
+    if missing not in ("drop", "raise"):
+        raise DataError(f"missing={missing!r} is unknown; expected 'drop' or 'raise'.")
+    shared = _Shared.build(formula, data, weights, offset, contrasts, missing)
+    source = open_source(responses, shared.n_rows, shared.columns, layer)
+    chunk = _chunk(chunk, shared.design.n, shared.model._plan.layout.q + shared.design.p)
+    labels: list[Any] = []
+    parts: list[Arrays] = []
+    notes: list[str] = []
+    widest = 0
+    bar = _bar(progress, None if source.labels is None else len(source.labels))
+    try:
+        for names, block in source.blocks(chunk):
+            widest = max(widest, len(names))  # a last, smaller block runs the others' program
+            parts.append(shared.fit(block, method, missing, widest, mesh, names))
+            labels += names
+            bar.update(len(names))
+    except KeyboardInterrupt:
+        if not parts:
+            raise
+        notes.append(_interrupted(len(labels), source, parts, labels))
+    finally:
+        bar.close()
+    if not parts:
+        raise DataError("found no responses; expected one or more columns.")
+    return shared.result(labels, parts, method, df, source, notes, time.perf_counter() - began)
+
+
+def _interrupted(done: int, source: Source, parts: list[Arrays], labels: list[Any]) -> str:
+    """Keep what is there; items not reached are told apart by their status."""
+    if source.labels is not None:
+        rest = source.labels[done:]
+        parts.append(missing_items(len(rest), parts[0], batch.NOT_RUN))
+        labels += rest
+    words = f"interrupted after {done} items; the others were not run"
+    warnings.warn(words, UserWarning, stacklevel=3)
+    return words
+
+
+def _bar(progress: bool, total: int | None) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="fit", disable=not progress)
+
+
+def _chunk(chunk: int | None, n: int, q: int) -> int:
+    """Responses at a time: their block, its copy and their products take a quarter of the memory.
+
+    Temporaries of the optimiser and its Hessian exist for the items of one group of lanes only
+    (batch.py); they do not grow with the chunk.
+    """
+    if chunk is not None:
+        if not (isinstance(chunk, int | np.integer) and chunk > 0):
+            raise DataError(f"chunk={chunk!r}; expected a positive number of responses.")
+        return int(chunk)
+    return int(np.clip(free_memory() / 4 / (8 * (3 * n + 6 * q + 1)), 16, MOST))
+
+
+def free_memory() -> float:
+    """Bytes that can still be taken without swapping; 4 GB where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return 1024.0 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return 4e9
+
+
+# -------------------------------------------------------------------------------------------------
+# The design that the responses share
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """The model with a stand-in response, and what can be made ready before Y is seen."""
+
+    model: Model
+    design: Any
+    kept: np.ndarray  # positions of the rows used, (n,)
+    n_rows: int
+    columns: Any  # reads columns of the caller's table
+    responses: Responses
+    collapsed: collapse.Collapsed | None
+    labels: Any  # row labels of the caller's table
+    standard: tuple[Any, ...]  # plan, units, Gram and Rhs of the stand-in
+
+    @classmethod
+    def build(
+        cls, formula: str, data: Any, weights: Any, offset: Any, contrasts: Any, missing: str
+    ) -> _Shared:
+        right = formula.split("~", 1)[-1]
+        text = f"{STAND_IN} ~ {right}"
+        nodes = [parse_expr(right.strip())]
+        nodes += [parse_expr(a) for a in (weights, offset) if isinstance(a, str)]
+        table = Table(data)
+        frame = _frame(table, nodes)
+        model = Model(
+            text,
+            frame,
+            weights=weights,
+            offset=offset,
+            contrasts=contrasts,
+            missing=missing,
+        )
+        from lmmjax.design import check_identifiable
+
+        check_identifiable(model.design)
+        standard = batch.standard(model)
+        plan, _, the_gram, _ = standard
+        design = model.design
+        ready = Responses(design, plan, gram.standardise(design), the_gram)
+        return cls(
+            model,
+            design,
+            np.asarray(design.rows),
+            len(frame),
+            lambda names: _columns(table, names),
+            ready,
+            collapse.collapse(plan.layout, the_gram),
+            table.rows,
+            standard,
+        )
+
+    def fit(
+        self,
+        block: np.ndarray,
+        method: str,
+        missing: str,
+        size: int,
+        mesh: Any,
+        names: list[Any],
+    ) -> Arrays:
+        """Fit a block of responses given on all rows of the table."""
+        whole = len(self.kept) == self.n_rows
+        Y = block if whole else block[self.kept]
+        made = self.responses(Y)
+        odd = np.flatnonzero(~np.isfinite(made.rhs.yy))
+        lacking = odd[np.isnan(Y[:, odd]).any(axis=0)]
+        if len(lacking) == 0:
+            return self._complete(made, method, size, mesh)
+        if missing == "raise":
+            some = ", ".join(str(names[i]) for i in lacking[:3])
+            raise DataError(
+                f"found missing values in {len(lacking)} responses ({some} ...); expected complete "
+                'ones. Use missing="drop" to fit each on the rows it has.'
+            )
+        present = np.setdiff1d(np.arange(Y.shape[1]), lacking)
+        parts = [self._incomplete(Y[:, lacking], method, size, mesh)]
+        if len(present):
+            some_made = jax.tree.map(lambda a: a[present], made)
+            parts.append(self._complete(some_made, method, size, mesh))
+        order = np.argsort(np.concatenate([lacking, present]), kind="stable")
+        return take(concatenate(parts), order)
+
+    def _complete(self, made: Products, method: str, size: int, mesh: Any) -> Arrays:
+        plan, units, the_gram, _ = self.standard
+        layout, rhs = plan.layout, made.rhs
+        theta0 = start.moments_of_many(layout, the_gram, rhs)
+        if self.collapsed is not None:
+            layout, the_gram = self.collapsed.layout, self.collapsed.gram
+            rhs = self.collapsed.rhs(rhs)
+        done = batch.fit_items(layout, method, the_gram, rhs, theta0, size=size, mesh=mesh)
+        return arrays_of(done, units, made.beta0, made.scale, method, made.exact)
+
+    def _incomplete(self, Y: np.ndarray, method: str, size: int, mesh: Any) -> Arrays:
+        """Each response on the rows it has: a Gram a pattern, all patterns in one batch."""
+        plan, _, the_gram, _ = self.standard
+        absent = np.isnan(Y)
+        _, which = np.unique(np.packbits(absent, axis=0), axis=1, return_inverse=True)
+        which = which.reshape(-1)
+        grams, rights, converters, order, bad = [], [], [], [], []
+        for pattern in range(int(which.max()) + 1):
+            mine = np.flatnonzero(which == pattern)
+            piece = _rows(self.design, ~absent[:, mine[0]])
+            if not _estimable(piece, plan.layout):
+                bad.append(mine)
+                continue
+            standardised = gram.standardise(piece)
+            own, _ = gram.crossproducts(piece, plan, standardised)
+            made = Responses(piece, plan, standardised, own)(Y[np.ix_(~absent[:, mine[0]], mine)])
+            own = own._replace(parent=the_gram.parent)
+            grams += [own] * len(mine)
+            rights.append(made.rhs)
+            converters.append((standardised.units, made, len(mine)))
+            order.append(mine)
+        parts = []
+        if grams:
+            stack = lambda *a: np.stack(a)  # noqa: E731
+            every = jax.tree.map(stack, *grams)
+            rhs = jax.tree.map(lambda *a: np.concatenate(a), *rights)
+            done = batch.fit_items(plan.layout, method, every, rhs, shared=False, mesh=mesh)
+            at = 0
+            for units, made, k in converters:
+                some = jax.tree.map(lambda a: a[at : at + k], done)  # noqa: B023
+                parts.append(arrays_of(some, units, made.beta0, made.scale, method, made.exact))
+                at += k
+        if bad:
+            k = sum(map(len, bad))
+            like = parts[0] if parts else self._blank(method)
+            parts.append(missing_items(k, like, batch.TOO_FEW))
+            order += bad
+        return take(concatenate(parts), np.argsort(np.concatenate(order), kind="stable"))
+
+    def _blank(self, method: str) -> Arrays:
+        """Arrays of the right shapes: those of the stand-in response."""
+        return self._complete(self.responses(self.design.y[:, None]), method, 1, None)
+
+    def result(
+        self,
+        labels: list[Any],
+        parts: list[Arrays],
+        method: str,
+        df: str | None,
+        source: Source,
+        notes: list[str],
+        seconds: float,
+    ) -> BatchFit:
+        import pandas as pd
+
+        default = "satterthwaite" if self.design.terms else "residual"
+        df = default if df is None else df
+
+        single = None
+        if source.column is not None:
+            single = _Single(self.design, self.kept, self.labels, source.column, labels, method, df)
+        return BatchFit(
+            formula=f"~ {self.model.formula.split('~', 1)[1].strip()}",
+            method=method,
+            df=df,
+            items=pd.Index(labels, name="item"),
+            x_names=tuple(self.design.x_names),
+            terms=tuple(TermLabels(t.group, tuple(t.names), t.cov) for t in self.design.terms),
+            arrays=concatenate(parts),
+            seconds=seconds,
+            notes=tuple(notes),
+            _single=single,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Single:
+    """The ordinary fit of one response on the rows that it has."""
+
+    design: Any
+    kept: np.ndarray
+    labels: Any  # of the rows of the caller's table
+    column: Callable[[int], np.ndarray]
+    names: list[Any]
+    method: str
+    df: str
+
+    def __call__(self, i: int) -> Fit:
+        y, name = self.column(i)[self.kept], str(self.names[i])
+        design = dataclasses.replace(self.design, y=y, response=name, rows=self.labels[self.kept])
+        here = ~np.isnan(y)
+        design = design if here.all() else _rows(design, here, drop_levels=True)
+        right = self.design.formula.split("~", 1)[1].strip()
+        return _model(f"{name} ~ {right}", design).fit(self.method, df=self.df)
+
+
+def _model(formula: str, design: Any) -> Model:
+    """A model from a design that is there already."""
+    model = Model.__new__(Model)
+    model.formula, model.residual, model.dtype = formula, None, "float64"
+    model.design = design
+    return model
+
+
+def _frame(table: Table, nodes: list[Any]) -> Any:
+    """The covariates on positions 0, 1 ... with a stand-in response that varies."""
+    import pandas as pd
+
+    columns = table.read(nodes)
+    n = len(table)
+    frame = pd.DataFrame({name: c.array for name, c in columns.items()}, index=pd.RangeIndex(n))
+    if STAND_IN in frame:
+        raise DataError(f"found a covariate named {STAND_IN!r}; rename it for fit_many.")
+    return frame.assign(**{STAND_IN: np.random.default_rng(0).standard_normal(n)})
+
+
+def _columns(table: Table, names: list[str]) -> Any:
+    import pandas as pd
+
+    from lmmjax.expr import Name
+
+    return pd.DataFrame(table.read([Name(name) for name in names]))
+
+
+def _rows(design: Any, here: np.ndarray, drop_levels: bool = False) -> Any:
+    """The design on some of its rows; levels stay unless they are to be dropped."""
+    terms = []
+    for t in design.terms:
+        codes, levels = t.codes[here], t.levels
+        if drop_levels:
+            used, codes = np.unique(codes, return_inverse=True)
+            codes, levels = codes.astype(np.int32), levels[used]
+        terms.append(dataclasses.replace(t, z=t.z[here], codes=codes, levels=levels))
+    return dataclasses.replace(
+        design,
+        y=design.y[here],
+        X=np.asfortranarray(design.X[here]),
+        offset=design.offset[here],
+        weights=design.weights[here],
+        rows=design.rows[here],
+        n_dropped=design.n_dropped + int(np.sum(~here)),
+        terms=tuple(terms),
+    )
+
+
+def _estimable(design: Any, layout: Layout) -> bool:
+    """Whether the rows left determine all coefficients and allow every term."""
+    if design.n <= design.p:
+        return False
+    for t in design.terms:
+        levels = len(np.unique(t.codes))
+        if levels < 2 or levels * t.z.shape[1] >= design.n:
+            return False
+    return bool(independent_columns(design.X, "(Intercept)" in design.x_names).all())
+
+
+# -------------------------------------------------------------------------------------------------
+# Back to the units of the data
+# -------------------------------------------------------------------------------------------------
+
+
+def arrays_of(
+    done: batch.Batch,
+    units: Units,
+    beta0: np.ndarray,
+    scale: np.ndarray,
+    method: str,
+    exact: np.ndarray,
+) -> Arrays:
+    """Estimates of items on one design in the units of the data.
+
+    Parameters
+    ----------
+    done : Batch
+    units : Units
+        Its A and B are shared; its β₀ and scale are not used.
+    beta0 : (m, p)
+    scale : (m,)
+    exact : (m,) bool
+        Items that X reproduces.
+    """
+    items = done.items
+    m, A = len(scale), units.A
+    sigma = scale * np.sqrt(items.sigma2)
+    covs = []
+    for B, lam in zip(units.B, items.lams, strict=True):
+        half = B @ lam
+        covs.append((sigma**2)[:, None, None] * half @ np.swapaxes(half, 1, 2))
+    nu = units.n - (units.p if method == "REML" else 0)
+    constant = 2 * nu * np.log(scale) - (2 * units.logdet_A if method == "REML" else 0.0)
+    V = sigma[:, None, None] ** 2 * (A @ items.unscaled_vcov @ A.T)
+    dV = np.einsum("ia,mabk,jb->mijk", A, items.dvcov, A, optimize=True)
+    status = np.where(exact & (done.status != batch.NOT_FINITE), batch.EXACT, done.status)
+    return Arrays(
+        n_obs=np.full(m, units.n),
+        p=np.full(m, units.p),
+        beta=beta0 + scale[:, None] * items.beta @ A.T,
+        vcov=V,
+        dvcov=dV * scale[:, None, None, None] ** 2,
+        hessian=items.hessian,
+        covs=tuple(covs),
+        sigma=sigma,
+        loglik=-0.5 * (items.value + constant),
+        n_evals=items.n_evals,
+        status=status.astype(np.int8),
+        retried=done.retried,
+    )
