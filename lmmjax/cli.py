@@ -256,7 +256,7 @@ def _with_factors(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 
 def _fit(options: argparse.Namespace, heard: list[type[Warning]]) -> int:
     model = _model(options)
-    _, products_s = _timed(lambda: model._standard)
+    _, products_s = _timed(lambda: model._prepared)
     fit, first_s = _timed(lambda: _the_fit(model, options))
     if options.json:
         with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -478,3 +479,13 @@ def _restricted(
     r2 = float(lk.reduce_factors(model._plan.layout, lams, gram, rhs).r2) * units.scale**2
     nu = model.n_obs - model.design.p
     return -0.5 * (profiled - nu * np.log(r2 / nu) - nu + nu * np.log(inner**2) + r2 / inner**2)
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from lmmjax.cli import main
+
+    call = ["fit", "Orthodont", "distance ~ Sex * age", "--residual", "cs(1 | Subject)", "--json"]
+    assert main(call) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["residual"]["rho"] == pytest.approx(0.6318388, abs=1e-6)
+    assert got["loglik"] == pytest.approx(-216.878624600, abs=1e-6)
