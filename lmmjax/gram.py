@@ -509,9 +509,9 @@ def crossproducts(
             wz = _weighted(column, w)
             unit = w is None and _is_one(column)
             for j in range(p):
-                known = twins.index(j) if j in twins else s
-                if known < s and twins[s] is not None:
-                    border_i[s, left + j] = border_i[known, left + twins[s]]
+                twin, before = twins[s], twins.index(j) if j in twins else s
+                if twin is not None and before < s:  # the product of these two is known
+                    border_i[s, left + j] = border_i[before, left + twin]
                 else:
                     border_i[s, left + j] = level_sum(X[:, j] if unit else wz * X[:, j])
             for t in range(s, f.S):

@@ -178,7 +178,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
         ["fit", "sleepstudy", SLOPE, "--method", "magic"],
         ["fit", "sleepstudy", SLOPE, "--nope"],
         ["fit", "sleepstudy", SLOPE, "--factors", "a,,b"],
-        ["study", "ml_bias"],
+        ["nonsense"],
     ],
 )
 def test_bad_options_are_status_2(capsys, arguments):
