@@ -19,7 +19,7 @@ from lmmjax import derivatives, estimate
 from lmmjax import gram as gr
 from lmmjax import likelihood as lk
 from lmmjax.gram import Gram, Layout, Plan, Rhs, Units
-from lmmjax.optimize import CONVERGED, FLAT_STOP, MAX_ITERATIONS
+from lmmjax.optimize import CONVERGED, FLAT_STOP, MAX_ITERATIONS, SINGULAR_TOLERANCE
 
 #: verdicts; the first two are usable fits
 OK, SINGULAR, LIMIT, NOT_FINITE, STUCK, EXACT, TOO_FEW, NOT_RUN = range(8)
@@ -34,9 +34,6 @@ WORDS = {
     TOO_FEW: "failed: too few rows or levels for the effects of the model",
     NOT_RUN: "not run",
 }
-
-#: a relative SD below this, in standardised units, is on the boundary (as for a single fit)
-SINGULAR_TOLERANCE = 1e-4
 
 #: factors on the identity from which items that did not converge are tried again
 OTHER_STARTS = (0.2, 4.0)

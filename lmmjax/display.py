@@ -355,9 +355,9 @@ def _warning_lines(fit: Fit) -> list[str]:
 
 def boundary(fit: Fit) -> str:
     """Which variance components of a singular fit are on the boundary, in words."""
-    from lmmjax.fit import _boundary
+    from lmmjax.fitting import boundary as phrases
 
-    return "; ".join(_boundary(fit.model, fit._theta_s))
+    return "; ".join(phrases(fit.model, fit._theta_s))
 
 
 def model_text(model: Model) -> str:

@@ -431,7 +431,7 @@ class Model:
         -----
         ConvergenceWarning, SingularFitWarning
         """
-        from lmmjax.fit import fit_model
+        from lmmjax.fitting import fit_model
 
         return fit_model(
             self,

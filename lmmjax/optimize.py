@@ -24,6 +24,9 @@ import numpy as np
 Criterion = Callable[[jax.Array], jax.Array]
 Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
+#: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
+SINGULAR_TOLERANCE = 1e-4
+
 CONVERGED, MAX_ITERATIONS, NOT_FINITE, FLAT_STOP = 0, 1, 2, 3
 
 STATUS = {

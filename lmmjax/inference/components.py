@@ -89,6 +89,6 @@ def components(fit: Fit) -> list[Component]:
 
 
 def _singular(lam: np.ndarray) -> bool:
-    from lmmjax.fit import SINGULAR_TOLERANCE
+    from lmmjax.optimize import SINGULAR_TOLERANCE
 
     return bool(np.min(np.abs(np.diag(np.linalg.qr(lam.T, mode="r")))) < SINGULAR_TOLERANCE)
