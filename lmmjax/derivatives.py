@@ -196,6 +196,16 @@ class DenseP(NamedTuple):
         """P_iQP_i': (d, d) -> (S, S, J)."""
         return _inner(_left(Q, self.P), self.P)
 
+    def conjugate_sum(self, Q: jax.Array) -> jax.Array:
+        """Σ_i P_iQP_i': (d, d) -> (S, S); the blocks of Q above its diagonal are not used."""
+        out: Any = 0.0
+        for i, j in lk.row_blocks(len(Q)):
+            own = 0.5 * jnp.sum(_inner(_left(Q[i:j, i:j], self.P[:, i:j]), self.P[:, i:j]), -1)
+            if i:
+                own = own + jnp.sum(_inner(_left(Q[i:j, :i], self.P[:, :i]), self.P[:, i:j]), -1)
+            out = out + own + own.T
+        return out
+
     def weigh(self, e: jax.Array) -> jax.Array:
         """Σ_i P_i'e_kP_i: (k, S, S) -> (k, d, d)."""
         return jnp.einsum("kab,adbe->kde", e, _outer(self.P, self.P))
@@ -220,6 +230,10 @@ class SparseP(NamedTuple):
         """P_iQP_i': (d, d) -> (S, S, J)."""
         middle = cr.conjugate_core(self.cross, Q, self.N.shape[-1])
         return _inner(_times(self.N, middle), self.N)
+
+    def conjugate_sum(self, Q: jax.Array) -> jax.Array:
+        """Σ_i P_iQP_i': (d, d) -> (S, S)."""
+        return jnp.sum(self.conjugate(Q), axis=-1)
 
     def weigh(self, e: jax.Array) -> jax.Array:
         """Σ_i P_i'e_kP_i: (k, S, S) -> (k, d, d)."""
@@ -475,7 +489,7 @@ def _gamma(layout: Layout, k: Pieces, C: jax.Array) -> list[jax.Array]:
     chain = jnp.sum(k.every_a - _inner(_left(C, k.T), k.T), axis=-1)
     if not layout.core:
         return [chain]
-    chain = chain - jnp.sum(k.P.conjugate(k.Q), axis=-1)
+    chain = chain - k.P.conjugate_sum(k.Q)
     data = [
         jnp.einsum("jam,mn,jbn->ab", t, C, t)
         for t in (k.T_core[at].reshape(J, S, -1) for at, J, S in _core_blocks(layout))

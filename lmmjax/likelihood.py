@@ -206,6 +206,27 @@ def over_levels(a: jax.Array, b: jax.Array) -> jax.Array:
     return sum(others, first)
 
 
+#: rows of a product with itself beyond which only the blocks below the diagonal are formed
+BLOCK = 512
+
+
+def row_blocks(m: int) -> list[tuple[int, int]]:
+    """Cut m rows into blocks for symmetric products: one up to 2 BLOCK rows, at most eight."""
+    count = 1 if m <= 2 * BLOCK else min(8, m // BLOCK)
+    return list(itertools.pairwise(int(c) for c in np.linspace(0, m, count + 1)))
+
+
+def self_products(a: jax.Array) -> jax.Array:
+    """:func:`over_levels` of a with itself, without the upper half where that pays."""
+    blocks = row_blocks(a.shape[1])
+    if len(blocks) == 1:
+        return over_levels(a, a)
+    rows = [over_levels(a[:, i:j], a[:, :j]) for i, j in blocks]
+    padded = [jnp.pad(r, ((0, 0), (0, a.shape[1] - r.shape[1]))) for r in rows]
+    lower = jnp.tril(jnp.concatenate(padded))
+    return lower + jnp.tril(lower, -1).T
+
+
 def _eliminate(
     layout: Layout, blocks: _Blocks, gram: Gram, i: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
@@ -217,7 +238,7 @@ def _eliminate(
         at += S
     W = W[:, at:]
     if gram.cross is None:
-        blocks.core[0] = blocks.core[0] - over_levels(W, W)
+        blocks.core[0] = blocks.core[0] - self_products(W)
     for a, (W_k, parent) in enumerate(zip(W_up, gram.parent[i], strict=True)):
         k = i + 1 + a
         J = layout.chain[k][2]

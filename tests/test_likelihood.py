@@ -350,6 +350,17 @@ def test_inverse_by_halves() -> None:
     np.testing.assert_allclose(inverse @ A, np.eye(70), atol=1e-10)
 
 
+@pytest.mark.parametrize("d", [7, 23])
+def test_symmetric_products_by_blocks(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lk, "BLOCK", 4)
+    rng = np.random.default_rng(0)
+    a, Q = jnp.asarray(rng.normal(size=(2, d, 9))), rng.normal(size=(d, d))
+    Q = jnp.asarray(Q + Q.T)
+    np.testing.assert_allclose(lk.self_products(a), lk.over_levels(a, a), rtol=1e-12, atol=1e-12)
+    P = derivatives.DenseP(a)
+    np.testing.assert_allclose(P.conjugate_sum(Q), P.conjugate(Q).sum(-1), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["intercept", "crossed"])
 def test_rules_of_the_criterion_work_under_every_transformation(name: str) -> None:
     """Against the same value without rules: the derivatives in θ to the third, and in the data."""
