@@ -80,7 +80,9 @@ def evaluate(
     columns = table.read(all_nodes(parsed, w_source, o_source))
     beside = table.read(residual.nodes) if residual is not None else {}
     ev = Evaluator(columns | beside, len(table), {}, learn=True, safe=safe)
-    return variables(parsed, ev, table.rows, w_source, o_source, residual)
+    raw = variables(parsed, ev, table.rows, w_source, o_source, residual)
+    # a row that lacks its position is refused later (residual/frame.py), not dropped
+    return replace(raw, columns=columns)
 
 
 def all_nodes(parsed: ParsedFormula, w_source: Any, o_source: Any) -> list[Node]:

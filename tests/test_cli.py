@@ -158,7 +158,7 @@ def test_no_convergence_is_status_1(capsys, monkeypatch):
         (["fit", "sleepstudy", SLOPE, "--df", "magic"], "df='magic' is unknown"),
         (["fit", "sleepstudy", SLOPE, "--weights", "nope"], "nope"),
         (["fit", "sleepstudy", SLOPE, "--factors", "nope"], "--factors names 'nope'"),
-        (["fit", "sleepstudy", SLOPE, "--residual", "ar1(1 | Subject)"], "residual="),
+        (["fit", "sleepstudy", SLOPE, "--residual", "magic(1 | Subject)"], "magic"),
         (["compare", "sleepstudy", SLOPE, "--methods", "ml,magic"], "names 'magic'"),
         (["compare", "sleepstudy", SLOPE, "--methods", "ml", "--report", "."], "names a folder"),
     ],
