@@ -137,6 +137,6 @@ def simulate(s: Spectrum, n: int, seed: int) -> np.ndarray:
 
 
 def _grid(mu: np.ndarray) -> np.ndarray:
-    """λ = 0 and from where the largest eigenvalue begins to matter to where the smallest is done."""
+    """λ = 0, then from where the largest eigenvalue begins to matter to where the smallest ends."""
     low, high = 1e-3 / np.max(mu), 1e4 / np.min(mu)
     return np.append(0.0, np.geomspace(low, high, GRID))

@@ -368,6 +368,63 @@ class InferenceMethods:
             c = means.trends(design, trend, names, weights, at)
         return means.compare(m, c, len(conditions), method, adjust)
 
+    # -- intervals --------------------------------------------------------------------------------
+
+    def confint(
+        self,
+        method: str = "wald",
+        level: float = 0.95,
+        parm: Any = None,
+        *,
+        criterion: str | None = None,
+        n: int = 1000,
+        seed: int = 0,
+        kind: str = "percentile",
+        df: str | None = None,
+    ) -> pd.DataFrame:
+        """Confidence intervals of variance parameters and fixed effects.
+
+        Parameters
+        ----------
+        method : {"wald", "profile", "bootstrap"}
+            Wald: t intervals of β, variance parameters on the log or Fisher-z scale (NaN where the
+            fit is singular). Profile likelihood: right at boundaries, an SD's interval may begin at
+            0. Parametric bootstrap.
+        level : float
+        parm : str or list of str, optional
+            Parameters, by name; "beta_" or "theta_" for all fixed effects or all variance
+            parameters. All by default.
+        criterion : {"ML", "REML"}, optional
+            Profiled for variance parameters; default: that of the fit. Fixed effects are always
+            profiled by ML, as REML integrates them out; ``attrs["note"]`` says so.
+        n, seed, kind
+            Of the bootstrap; kind "percentile" or "studentized".
+        df : str, optional
+            Degrees of freedom of Wald intervals of β.
+
+        Returns
+        -------
+        DataFrame
+            ``estimate low high`` under lme4's names: ``sd_(Intercept)|Subject``,
+            ``cor_Days.(Intercept)|Subject``, ``sigma``, then the fixed effects. Estimates are those
+            of the fit, whatever the criterion.
+
+        Notes
+        -----
+        A limit of a profile costs about ten fits of the other parameters, with a Hessian by
+        automatic differentiation: not for dense cores of many hundred columns.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> model = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff"))
+        >>> model.fit(method="ML").confint("profile", parm="sigma").round(2).iloc[0].tolist()
+        [49.51, 38.23, 67.66]
+        """
+        from lmmjax.inference.intervals import confint
+
+        return confint(self._fit, method, level, parm, criterion, n, seed, kind, df)
+
     # -- variances --------------------------------------------------------------------------------
 
     def variance_tests(self) -> pd.DataFrame:
