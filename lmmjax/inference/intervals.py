@@ -44,7 +44,8 @@ def confint(
         raise LmmError(f"method={method!r} is unknown; expected one of {', '.join(METHODS)}.")
     if criterion is not None and method != "profile":
         raise LmmError(
-            f"criterion={criterion!r} goes with method='profile'; found method={method!r}."
+            f"found criterion={criterion!r} with method={method!r}; expected it with "
+            "method='profile' alone."
         )
     check_level(level)
     names = _wanted(fit, parm)

@@ -7,7 +7,7 @@ for each grouping of the rows Z_small = Z_big C, and C Σ C' is a member of the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -223,7 +223,7 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
     return block_diag(*blocks)
 
 
-def _refuse(term: Any, why: str) -> Any:
+def _refuse(term: Any, why: str) -> NoReturn:
     raise ComparisonError(
         f"not nested: ({' + '.join(term.names)} | {term.group}) of the first model: {why}. "
         "Expected the smaller model first; compare models that are not nested by aic_table."

@@ -7,9 +7,9 @@ a term ordered so that those concerned come first, its triangular factor relativ
     correlation r:  L_11 = a², (L_21, L_22) = b² (r, √(1 - r²)),
 
 so that θ = M w + m v e^{-log σ} with a free vector w that contains log σ (and a and b, squared): an
-unconstrained problem, smooth up to and at v = 0 and r = ±1. A fixed effect β_j = t adds (β̂_j - t)² / [(X'V⁻¹X)⁻¹]_jj to r².
-M, m and the rest are arrays, so one compiled program serves all parameters of a model, and of
-all models of its shape. The criterion is that of likelihood.py.
+unconstrained problem, smooth up to and at v = 0 and r = ±1. A fixed effect β_j = t adds
+(β̂_j - t)² / [(X'V⁻¹X)⁻¹]_jj to r². M, m and the rest are arrays, so one compiled program serves all
+parameters of a model, and of all models of its shape. The criterion is that of likelihood.py.
 
 The limits are where -2 log L exceeds its minimum by the quantile of χ²(1), walked to from the
 estimate in steps and then found by Brent's method: the interval around the estimate, also where the
@@ -211,7 +211,7 @@ class Profiler:
         step = 0.5 / np.sqrt(len(term.levels))
         return Parameter(name, r, low, 1.0, step, hold, lambda: self._start(k, (j, i), r))
 
-    # -- fixed effects ------------------------------------------------------------------------------
+    # -- fixed effects ----------------------------------------------------------------------------
 
     def coefficient(self, j: int) -> Parameter:
         """Fixed effect number ``j``; the criterion must be ML."""
@@ -226,7 +226,7 @@ class Profiler:
             name, float(fit._beta[j]), -np.inf, np.inf, se, hold, lambda: self._start(None, ())
         )
 
-    # -- coordinates --------------------------------------------------------------------------------
+    # -- coordinates ------------------------------------------------------------------------------
 
     def _unit(self, k: int) -> np.ndarray:
         return np.abs(np.diag(self.fit.model._units.B[k]))
@@ -253,7 +253,9 @@ class Profiler:
         p = len(self.fit._beta)
         reml = float(self.fit.method == "REML")
         M = np.eye(n, n + 1)
-        return Held(M, np.zeros(n + 1), np.zeros(n), np.zeros(n), 0.0, 1.0, np.zeros(p), 0.0, reml, units)
+        return Held(
+            M, np.zeros(n + 1), np.zeros(n), np.zeros(n), 0.0, 1.0, np.zeros(p), 0.0, reml, units
+        )
 
     def _start(self, k: int | None, first: tuple[int, ...], r: float | None = None) -> np.ndarray:
         """w near the optimum, with no component at 0, where the gradient would vanish."""
