@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_cases import case_contrasts, case_data, load_case, numbers
+from reference_cases import REFERENCE, case_contrasts, case_data, load_case, numbers
 from scipy import stats
 
 import lmmjax as lmm
@@ -171,3 +172,28 @@ def test_choice_of_parameters_and_levels() -> None:
 def test_bad_options(options: dict) -> None:
     with pytest.raises(lmm.LmmError, match="expected"):
         fit("dyestuff_reml").confint(**options)
+
+
+# -- conditional AIC ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dyestuff_reml", "dyestuff2_singular_reml"])
+def test_conditional_df_are_those_of_refits(name: str) -> None:
+    one = fit(name)
+    n, h = one.n_obs, 1e-3 * one.sigma
+    y, formula = one.model.design.y[:, None], "~ 1 + (1 | Batch)"
+    both = np.concatenate([y + h * np.eye(n), y - h * np.eye(n)], axis=1)
+    refits = lmm.fit_many(formula, case_data(load_case(name)), responses=both)
+    fitted = np.column_stack([refits[i].fitted() for i in range(2 * n)])
+    trace = np.sum(np.diag(fitted[:, :n] - fitted[:, n:])) / (2 * h)
+    got = one.caic()
+    assert got["df"] == pytest.approx(1 + trace, abs=1e-5)
+    assert got["caic"] == pytest.approx(-2 * got["loglik"] + 2 * got["df"])
+
+
+def test_conditional_loglik_equals_caic4() -> None:
+    ref = json.loads((REFERENCE / "tests" / "caic_sleepstudy_slope_reml.json").read_text())
+    got = fit("sleepstudy_slope_reml").caic()
+    assert got["loglik"] == pytest.approx(ref["expected"]["loglikelihood"], abs=1e-6)
+    # cAIC4 halves a term of the correction, see the docstring
+    assert got["df"] == pytest.approx(ref["expected"]["df"], abs=0.1)

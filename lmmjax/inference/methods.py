@@ -480,6 +480,26 @@ class InferenceMethods:
         both = (between / (between + residual), between / (fixed + between + residual))
         return pd.Series(both, index=["adjusted", "unadjusted"], name="icc")
 
+    def caic(self) -> pd.Series:
+        """Conditional AIC: ``caic loglik df``, for questions about these very groups.
+
+        ``loglik`` is that of y given β̂, b̂ and σ̂; ``df`` = 1 + tr(∂ŷ/∂y), the estimation of θ
+        included (Greven and Kneib 2010), also for singular fits.
+
+        Notes
+        -----
+        cAIC4 1.0 halves one of the terms, so its df differ somewhat.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> lmm.Model("Yield ~ 1", lmm.load_dataset("Dyestuff")).fit().caic()["df"].item()
+        2.0
+        """
+        from lmmjax.inference.conditional import caic
+
+        return caic(self._fit)
+
     # -- what the methods share -------------------------------------------------------------------
 
     def _satterthwaite(self, L: np.ndarray) -> np.ndarray:
