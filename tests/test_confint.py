@@ -177,6 +177,7 @@ def test_bad_options(options: dict) -> None:
 # -- conditional AIC ------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::lmmjax.SingularFitWarning")
 @pytest.mark.parametrize("name", ["dyestuff_reml", "dyestuff2_singular_reml"])
 def test_conditional_df_are_those_of_refits(name: str) -> None:
     one = fit(name)

@@ -144,6 +144,20 @@ def test_information_criteria(name: str) -> None:
     assert got["delta"].min() == 0
 
 
+def test_table_of_random_terms_equals_ranova() -> None:
+    expected = reference("ranova_sleepstudy")["expected"]
+    got = slopes()[3].ranova()
+    assert list(got.index) == expected["term"]
+    assert list(got["n_params"]) == expected["npar"]
+    np.testing.assert_allclose(got["loglik"], expected["logLik"], atol=1e-6)
+    assert got["statistic"].iloc[1] == pytest.approx(expected["LRT"][1], abs=1e-6)
+    assert got["p_value"].iloc[1] == pytest.approx(expected["p"][1], rel=1e-5)
+    both = slopes()[2].ranova("mixture")
+    assert list(both.index) == ["<none>", "(1 | Subject)", "(0 + Days | Subject)"]
+    same = lmm.lrt(slopes()[1], slopes()[2], method="mixture")
+    assert both["p_value"].iloc[2] == pytest.approx(same.p_value, rel=1e-6)
+
+
 # -- the distributions themselves -----------------------------------------------------------------
 
 

@@ -480,6 +480,34 @@ class InferenceMethods:
         both = (between / (between + residual), between / (fixed + between + residual))
         return pd.Series(both, index=["adjusted", "unadjusted"], name="icc")
 
+    def ranova(self, method: str = "chi2", *, n: int | None = None, seed: int = 0) -> pd.DataFrame:
+        """Likelihood-ratio tests of the random terms, each dropped in turn.
+
+        Parameters
+        ----------
+        method : {"chi2", "mixture", "bootstrap", "exact"}
+            Null distribution, see :func:`lmmjax.lrt`; chi2 is conservative (as lmerTest).
+        n, seed
+            Of simulated null distributions.
+
+        Returns
+        -------
+        DataFrame
+            Index ``<none>`` (the fit), then ``(1 | g)`` for terms that are dropped and
+            ``x in (x | g)`` for those that lose a variable; ``n_params loglik aic statistic df
+            p_value``.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> model = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff"))
+        >>> model.fit().ranova("mixture")["p_value"].round(4).tolist()
+        [nan, 0.0058]
+        """
+        from lmmjax.inference.ranova import ranova
+
+        return ranova(self._fit, method, n, seed)
+
     def caic(self) -> pd.Series:
         """Conditional AIC: ``caic loglik df``, for questions about these very groups.
 
