@@ -102,6 +102,7 @@ class Parameter(NamedTuple):
     step: float  # a first step away from the estimate
     hold: Callable[[float], Held]
     start: Callable[[], np.ndarray]
+    sds: tuple[str, ...] = ()  # of a correlation: the SDs without which it has no meaning
 
 
 class Profiler:
@@ -209,7 +210,8 @@ class Profiler:
             return held._replace(M=M, constant=constant, squared=squared)
 
         step = 0.5 / np.sqrt(len(term.levels))
-        return Parameter(name, r, low, 1.0, step, hold, lambda: self._start(k, (j, i), r))
+        sds = tuple(f"sd_{term.names[x]}|{term.group}" for x in (i, j))
+        return Parameter(name, r, low, 1.0, step, hold, lambda: self._start(k, (j, i), r), sds)
 
     # -- fixed effects ----------------------------------------------------------------------------
 
@@ -309,10 +311,18 @@ def _check(fit: Fit) -> None:
 
 @in_float64
 def limits(profiler: Profiler, parameter: Parameter, level: float) -> tuple[float, float]:
-    """Where the profile crosses the quantile, or the ends of the parameter's range."""
+    """Where the profile crosses the quantile, or the ends of the parameter's range.
+
+    A correlation is arbitrary where an SD of its own is 0: if such a model is within the quantile,
+    so is every correlation.
+    """
     from scipy import stats
 
     top = profiler.fit.deviance + float(stats.chi2.ppf(level, 1))
+    for name in parameter.sds:
+        sd = profiler.component(name)
+        if profiler.deviance(sd, 0.0, sd.start())[0] <= top:
+            return parameter.low, parameter.high
     return (
         _limit(profiler, parameter, top, -1.0),
         _limit(profiler, parameter, top, 1.0),
@@ -320,7 +330,11 @@ def limits(profiler: Profiler, parameter: Parameter, level: float) -> tuple[floa
 
 
 def _limit(profiler: Profiler, parameter: Parameter, top: float, sign: float) -> float:
-    """Walk until the profile is above ``top``, then bisect between the last two points."""
+    """Walk until the profile is above ``top``, then find the crossing between the last two points.
+
+    Every optimum is sought from the last one below ``top``: far outside there are others, in which
+    an SD is 0.
+    """
     from scipy.optimize import brentq
 
     end = parameter.low if sign < 0 else parameter.high
@@ -330,7 +344,7 @@ def _limit(profiler: Profiler, parameter: Parameter, top: float, sign: float) ->
     def excess(value: float) -> float:
         nonlocal warm
         found, place = profiler.deviance(parameter, value, _restart(warm, start))
-        warm = place
+        warm = place if found < top else warm
         return found - top
 
     if inside == end:
@@ -338,11 +352,10 @@ def _limit(profiler: Profiler, parameter: Parameter, top: float, sign: float) ->
     for _ in range(60):
         value = inside + sign * step
         at_end = value <= end if sign < 0 else value >= end
-        if at_end and end == 0.0 and parameter.name == "sigma":
+        if at_end and parameter.name == "sigma":
             value, at_end = 0.5 * inside, False  # never 0: the criterion has no value there
         value = end if at_end else value
-        above = excess(value)
-        if above > 0:
+        if excess(value) > 0:
             scale = max(abs(inside), abs(value))
             return float(brentq(excess, inside, value, xtol=1e-9 * scale, rtol=1e-10))
         if at_end:
