@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     )
     from lmmjax.fit import Fit
     from lmmjax.groups import fit_groups
+    from lmmjax.inference.criteria import aic_table
+    from lmmjax.inference.lrt import LikelihoodRatio, lrt
     from lmmjax.many import fit_many
     from lmmjax.model import Model
     from lmmjax.precision import enable_cache, float64
@@ -55,6 +57,7 @@ __all__ = [
     "EstimabilityWarning",
     "Fit",
     "FormulaError",
+    "LikelihoodRatio",
     "LmmError",
     "Model",
     "Posterior",
@@ -64,6 +67,7 @@ __all__ = [
     "SingularFitWarning",
     "Study",
     "TwoStage",
+    "aic_table",
     "compare",
     "datasets",
     "describe_dataset",
@@ -73,6 +77,7 @@ __all__ = [
     "float64",
     "list_datasets",
     "load_dataset",
+    "lrt",
     "studies",
     "two_stage",
 ]
@@ -84,6 +89,9 @@ _HOME = {
     "fit_many": "many",
     "Comparison": "comparison",
     "Fit": "fit",
+    "LikelihoodRatio": "inference.lrt",
+    "aic_table": "inference.criteria",
+    "lrt": "inference.lrt",
     "Model": "model",
     "Posterior": "bayes.posterior",
     "Study": "study",

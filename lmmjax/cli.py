@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmmjax import cli_batch
+from lmmjax import cli_batch, cli_lrt
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _fit_parser(commands)
     _compare_parser(commands)
+    cli_lrt.add_parser(commands, _command)
     cli_batch.add_parsers(commands, _command, _names)
     return parser
 

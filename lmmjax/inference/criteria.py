@@ -1,0 +1,88 @@
+"""Information criteria of several fits side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmmjax.errors import ComparisonError
+from lmmjax.inference.nesting import check_converged, check_same_data
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lmmjax.fit import Fit
+
+COLUMNS = ("n_params", "loglik", "aic", "aicc", "bic")
+
+
+def aic_table(*fits: Fit) -> pd.DataFrame:
+    """Compare fits, nested or not, by information criteria.
+
+    Parameters
+    ----------
+    *fits : Fit
+        Of the same rows and response, by one method. REML fits must have the same X.
+
+    Returns
+    -------
+    DataFrame
+        Index: the formulas, in the order given. ``n_params loglik aic aicc bic``; ``delta``, the
+        difference from the smallest AIC; ``weight``, Akaike weights. n = rows in AICc and BIC.
+
+    Raises
+    ------
+    ComparisonError
+        Criteria that cannot be compared: ML with REML, REML with different fixed parts, different
+        rows or responses, fits that did not converge.
+
+    References
+    ----------
+    Burnham and Anderson (2002). Model Selection and Multimodel Inference, eqs 2.7 and 2.9.
+
+    Examples
+    --------
+    >>> import lmmjax as lmm
+    >>> data = lmm.load_dataset("Dyestuff")
+    >>> formulas = ("Yield ~ 1", "Yield ~ 1 + (1 | Batch)")
+    >>> table = lmm.aic_table(*(lmm.Model(f, data).fit(method="ML") for f in formulas))
+    >>> table["delta"].round(2).tolist()
+    [3.35, 0.0]
+    """
+    import pandas as pd
+
+    if not fits:
+        raise ComparisonError("found no fits; expected one or more. Call aic_table(fit1, fit2).")
+    check_same_data(fits)
+    check_converged(fits)
+    _check_criteria(fits)
+    table = pd.DataFrame(
+        {name: [getattr(f, name) for f in fits] for name in COLUMNS},
+        index=pd.Index([_label(f) for f in fits], name="model"),
+    )
+    table["delta"] = table["aic"] - table["aic"].min()
+    relative = np.exp(-0.5 * table["delta"])
+    table["weight"] = relative / relative.sum()
+    return table
+
+
+def _label(fit: Fit) -> str:
+    residual = fit.model.residual
+    return f"{fit.model.formula}, {residual}" if residual else fit.model.formula
+
+
+def _check_criteria(fits: tuple[Fit, ...]) -> None:
+    methods = sorted({f.method for f in fits})
+    if len(methods) > 1:
+        raise ComparisonError(
+            "found fits by ML and by REML, whose likelihoods are of different data; expected one "
+            "criterion. Refit: fit.model.fit(method='ML')."
+        )
+    X = [f.model.design.X for f in fits]
+    if methods == ["REML"] and not all(np.array_equal(X[0], x) for x in X[1:]):
+        raise ComparisonError(
+            "found REML fits with different fixed parts (or codings of them), whose criteria are "
+            "not comparable; expected the same columns of X. Refit by ML: "
+            "fit.model.fit(method='ML')."
+        )

@@ -1,0 +1,189 @@
+r"""Confidence intervals of all parameters of a fit: Wald, profile likelihood, bootstrap.
+
+Wald intervals of variance parameters are made where they are unbounded, log for SDs and σ, Fisher's
+z for correlations, by the delta method from the exact Hessian of the profiled criterion; those of
+fixed effects are t intervals with the fit's degrees of freedom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from lmmjax import components
+from lmmjax.errors import LmmError
+from lmmjax.precision import in_float64
+from lmmjax.tables import check_level
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lmmjax.fit import Fit
+
+METHODS = ("wald", "profile", "bootstrap")
+
+NOTE = "fixed effects by the profile of ML: REML integrates them out"
+
+
+def confint(
+    fit: Fit,
+    method: str,
+    level: float,
+    parm: Any,
+    criterion: str | None,
+    n: int,
+    seed: int,
+    kind: str,
+    df: str | None,
+) -> pd.DataFrame:
+    """The table of ``Fit.confint``."""
+    if method not in METHODS:
+        raise LmmError(f"method={method!r} is unknown; expected one of {', '.join(METHODS)}.")
+    if criterion is not None and method != "profile":
+        raise LmmError(
+            f"found criterion={criterion!r} with method={method!r}; expected it with "
+            "method='profile' alone."
+        )
+    check_level(level)
+    names = _wanted(fit, parm)
+    if method == "bootstrap":
+        return fit.bootstrap(n, seed).confint(level, kind, names)
+    frame = wald(fit, level, df) if method == "wald" else None
+    return profile(fit, level, names, criterion) if frame is None else frame.loc[names]
+
+
+def parameter_names(fit: Fit) -> list[str]:
+    """lme4's names: variance parameters, σ, then the fixed effects."""
+    return [*components.names(fit.model.design.terms), *fit.model.design.x_names]
+
+
+def _wanted(fit: Fit, parm: Any) -> list[str]:
+    known = parameter_names(fit)
+    if parm is None:
+        return known
+    wanted = [parm] if isinstance(parm, str) else list(parm)
+    groups = {"beta_": list(fit.model.design.x_names), "theta_": known[: -len(fit._beta) or None]}
+    wanted = [name for w in wanted for name in groups.get(w, [w])]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise LmmError(
+            f"parm names {unknown}; expected some of {known}, or 'beta_' or 'theta_' for all fixed "
+            "effects or all variance parameters."
+        )
+    return wanted
+
+
+def _frame(names: Sequence[str], rows: Any) -> pd.DataFrame:
+    import pandas as pd
+
+    table = np.asarray(rows, float).reshape(-1, 3)
+    return pd.DataFrame(table, index=list(names), columns=["estimate", "low", "high"])
+
+
+def estimates(fit: Fit) -> np.ndarray:
+    """The fit's values of :func:`parameter_names`."""
+    own = components.values(fit.model.design.terms, fit._term_covs(), np.asarray(fit.sigma))
+    return np.concatenate([own, fit._beta])
+
+
+# -------------------------------------------------------------------------------------------------
+# Wald
+# -------------------------------------------------------------------------------------------------
+
+
+def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
+    """Wald intervals of all parameters; NaN for components of a singular fit."""
+    from scipy import stats
+
+    if fit.model.is_structured:
+        raise LmmError(
+            "Wald intervals of variance parameters beside a residual structure are those of "
+            "residual_intervals(), those of fixed effects are in coef_table(); expected "
+            "independent residuals."
+        )
+    value, se = _unbounded(fit)
+    half = stats.norm.ppf(0.5 + level / 2) * se
+    is_cor = np.array([n.startswith("cor_") for n in components.names(fit.model.design.terms)])
+
+    def back(x: np.ndarray) -> np.ndarray:
+        return np.where(is_cor, np.tanh(x), np.exp(np.where(is_cor, 0.0, x)))
+
+    table = fit.coef_table(df, level)
+    low = np.concatenate([back(value - half), table["ci_low"]])
+    high = np.concatenate([back(value + half), table["ci_high"]])
+    rows = np.column_stack([estimates(fit), low, high])
+    return _frame(parameter_names(fit), rows)
+
+
+@in_float64
+def _unbounded(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """log SDs, Fisher's z and log σ, with standard errors (NaN at a boundary)."""
+    from lmmjax.bootstrap import _structure, _transformed
+
+    layout, (gram, rhs) = fit.model._plan.layout, fit._products
+    nu = fit.n_obs - (len(fit._beta) if fit.method == "REML" else 0)
+    direct_only = np.array([np.log(fit.sigma)]), np.array([np.sqrt(0.5 / nu)])
+    if layout.n_theta == 0:
+        return direct_only
+    one = jax.tree.map(lambda a: np.asarray(a)[None], rhs)
+    value, slope, direct = jax.device_get(
+        _transformed(layout, fit.method, _structure(fit.model), gram, one, fit._theta_s[None])
+    )
+    hessian = np.eye(layout.n_theta) if fit.singular else fit._hessian_s
+    spread = 2.0 * np.linalg.pinv(hessian, hermitian=True)
+    variance = np.einsum("ki,ij,kj->k", slope[0], spread, slope[0]) + direct[0] ** 2 * 2.0 / nu
+    se = np.sqrt(variance)
+    if fit.singular:
+        return np.append(value[0][:-1] * np.nan, direct_only[0]), np.append(
+            se[:-1] * np.nan, direct_only[1]
+        )
+    is_log = [not c.startswith("cor_") for c in components.names(fit.model.design.terms)]
+    return value[0] + float(np.log(fit.model._units.scale)) * np.array(is_log), se
+
+
+# -------------------------------------------------------------------------------------------------
+# Profile likelihood
+# -------------------------------------------------------------------------------------------------
+
+
+def profile(fit: Fit, level: float, names: list[str], criterion: str | None) -> pd.DataFrame:
+    """Profile-likelihood intervals; ``attrs`` tell the criterion of each kind of parameter."""
+    from lmmjax.inference.profile import Profiler, limits
+
+    method = fit.method if criterion is None else str(criterion).upper()
+    if method not in ("ML", "REML"):
+        raise LmmError(f"criterion={criterion!r} is unknown; expected 'ML' or 'REML'.")
+    fixed = list(fit.model.design.x_names)
+    known = dict(zip(parameter_names(fit), estimates(fit), strict=True))
+    profilers: dict[str, Profiler] = {}
+    rows = []
+    for name in names:
+        own = "ML" if name in fixed else method
+        if own not in profilers:
+            profilers[own] = Profiler(_by(fit, own))
+        profiler = profilers[own]
+        parameter = (
+            profiler.coefficient(fixed.index(name)) if name in fixed else profiler.component(name)
+        )
+        rows.append((known[name], *limits(profiler, parameter, level)))
+    frame = _frame(names, rows)
+    frame.attrs["criterion"] = {"variance parameters": method, "fixed effects": "ML"}
+    if method == "REML" and any(name in fixed for name in names):
+        frame.attrs["note"] = NOTE
+    return frame
+
+
+def _by(fit: Fit, method: str) -> Fit:
+    """The optimum of the same model by that criterion; whatever it warns of, the limits show."""
+    import warnings
+
+    from lmmjax.errors import SingularFitWarning
+
+    if fit.method == method:
+        return fit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SingularFitWarning)
+        return fit.model.fit(method=method)

@@ -1,0 +1,372 @@
+r"""Profile likelihood: one parameter held at a value, all others at their optimum.
+
+An SD, a correlation or σ is held fixed by coordinates rather than by a constraint. With the rows of
+a term ordered so that those concerned come first, its triangular factor relative to σ has
+
+    SD v:           L_11 = v / σ,
+    correlation r:  L_11 = a², (L_21, L_22) = b² (r, √(1 - r²)),
+
+so that θ = M w + m v e^{-log σ} with a free vector w that contains log σ (and a and b, squared): an
+unconstrained problem, smooth up to and at v = 0 and r = ±1. A fixed effect β_j = t adds
+(β̂_j - t)² / [(X'V⁻¹X)⁻¹]_jj to r². M, m and the rest are arrays, so one compiled program serves all
+parameters of a model, and of all models of its shape. The criterion is that of likelihood.py.
+
+The limits are where -2 log L exceeds its minimum by the quantile of χ²(1), walked to from the
+estimate in steps and then found by Brent's method: the interval around the estimate, also where the
+profile is not monotone further out. Where a boundary is reached first, it is the limit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmmjax import components, optimize
+from lmmjax import likelihood as lk
+from lmmjax.covariance import Unstructured
+from lmmjax.errors import ComparisonError, LmmError
+from lmmjax.gram import Gram, Layout, Rhs
+from lmmjax.precision import in_float64
+
+if TYPE_CHECKING:
+    from lmmjax.fit import Fit
+
+
+class Held(NamedTuple):
+    """What is held fixed, as arrays; w = (n_theta + 1,) with log σ, unless fixed, last."""
+
+    M: Any  # (n_theta, n_theta + 1)
+    squared: Any  # (n_theta + 1,), 1 where w enters as its square: SDs that must not change sign
+    constant: Any  # (n_theta,)
+    along: Any  # (n_theta,), times exp(-log σ)
+    log_sigma: Any  # added to free_sigma * w[-1]
+    free_sigma: Any  # 1 or 0
+    beta: Any  # (p,) direction of β, zeros if none is held
+    value: Any  # of beta'β
+    reml: Any  # 1 or 0
+    units: Any  # per term (S, S): B⁻¹ P' D
+
+
+def criterion(layout: Layout, w: jax.Array, held: Held, gram: Gram, rhs: Rhs) -> jax.Array:
+    """-2 log-likelihood in standardised units at free parameters w."""
+    log_sigma = held.log_sigma + held.free_sigma * w[-1]
+    entering = jnp.where(held.squared > 0, w**2, w)
+    theta = held.M @ entering + held.constant + held.along * jnp.exp(-log_sigma)
+    s2 = jnp.exp(2 * log_sigma)
+    red = lk.reduce(layout, theta, gram, rhs, held.units)
+    both = [lk.deviance(red, method, s2) for method in ("ML", "REML")]
+    value = both[0] + held.reml * (both[1] - both[0])
+    if red.p == 0:
+        return value
+    half = jax.scipy.linalg.solve_triangular(red.L_X, held.beta, lower=True)
+    room = half @ half
+    distance = held.beta @ lk.fixef(red) - held.value
+    return value + jnp.where(room > 0, distance**2 / jnp.where(room > 0, room, 1.0), 0.0) / s2
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def minimise(
+    layout: Layout, w: jax.Array, held: Held, gram: Gram, rhs: Rhs
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Optimum over w: its place, its value and its status."""
+
+    def slope(w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        value, gradient = jax.value_and_grad(criterion, argnums=1)(layout, w, held, gram, rhs)
+        return gradient, (value, gradient)
+
+    def vgh(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hessian, (value, gradient) = jax.jacfwd(slope, has_aux=True)(w)
+        return value, gradient, hessian
+
+    best = optimize.newton(vgh, w)
+    return best.theta, best.value, best.status
+
+
+# -------------------------------------------------------------------------------------------------
+# Parameters of a model
+# -------------------------------------------------------------------------------------------------
+
+
+class Parameter(NamedTuple):
+    """One profiled parameter: where it may lie, and what holds it at a value."""
+
+    name: str
+    estimate: float
+    low: float  # ends of its range
+    high: float
+    step: float  # a first step away from the estimate
+    hold: Callable[[float], Held]
+    start: Callable[[], np.ndarray]
+    sds: tuple[str, ...] = ()  # of a correlation: the SDs without which it has no meaning
+
+
+class Profiler:
+    """The profile likelihoods of one fit, by one criterion.
+
+    Parameters
+    ----------
+    fit : Fit
+        The optimum of ``fit.method``, which is the criterion.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        _check(fit)
+        self.fit = fit
+        self.layout = fit.model._plan.layout
+        self.scale = fit.model._units.scale
+        self.constant = fit.model._units.constant(fit.method)
+        self._ends = np.cumsum([0, *(s.n_theta for s in self.layout.structures)])
+
+    def deviance(self, parameter: Parameter, value: float, w: np.ndarray) -> tuple[float, Any]:
+        """Profiled -2 log-likelihood at ``value``, and where it was found, from the start ``w``."""
+        products = self.fit.model._on_device
+        held = jax.tree.map(lambda a: np.asarray(a, float), parameter.hold(value))
+        place, found, status = jax.device_get(minimise(self.layout, w, held, *products))
+        if status in (optimize.MAX_ITERATIONS, optimize.NOT_FINITE):
+            raise ComparisonError(
+                f"the profile of {parameter.name} at {value:.6g}: {optimize.STATUS[int(status)]}; "
+                "expected an optimum. Use method='bootstrap' or 'wald'."
+            )
+        return float(found) + self.constant, place
+
+    # -- variance parameters ----------------------------------------------------------------------
+
+    def component(self, name: str) -> Parameter:
+        """The SD, correlation or σ of that name."""
+        if name == "sigma":
+            return self._sigma()
+        terms = self.fit.model.design.terms
+        for k, term in enumerate(terms):
+            for i, j in components._places(len(term.names), term.cov):
+                if components.names([term])[_position(term, i, j)] == name:
+                    return self._sd(k, i, name) if i == j else self._cor(k, i, j, name)
+        raise LmmError(f"{name!r} is not a variance parameter of {self.fit.model.formula}.")
+
+    def _sigma(self) -> Parameter:
+        fit = self.fit
+        held = self._held(None, ())
+        n = fit.n_obs
+
+        def hold(value: float) -> Held:
+            return held._replace(log_sigma=np.log(value / self.scale), free_sigma=0.0)
+
+        return Parameter(
+            "sigma",
+            fit.sigma,
+            0.0,
+            np.inf,
+            0.5 * fit.sigma / np.sqrt(n),
+            hold,
+            lambda: self._start(None, ()),
+        )
+
+    def _sd(self, k: int, i: int, name: str) -> Parameter:
+        fit, cov = self.fit, self.fit._term_covs()[k]
+        sd = float(np.sqrt(max(cov[i, i], 0.0)))
+        held = self._held(k, (i,))
+        entry = self._ends[k] + self._diagonal(k, i)
+        M = held.M.copy()
+        M[:, entry] = 0.0
+        M[entry] = 0.0
+        e = np.zeros(self.layout.n_theta)
+        e[entry] = 1.0 / (self._unit(k)[i] * self.scale)
+
+        def hold(value: float) -> Held:
+            return held._replace(M=M, along=e * value)
+
+        size = fit.sigma * self._unit(k)[i]
+        step = 0.2 * max(sd, size / np.sqrt(len(fit.model.design.terms[k].levels)))
+        return Parameter(name, sd, 0.0, np.inf, step, hold, lambda: self._start(k, (i,)))
+
+    def _cor(self, k: int, i: int, j: int, name: str) -> Parameter:
+        term, cov = self.fit.model.design.terms[k], self.fit._term_covs()[k]
+        size = float(np.sqrt(cov[i, i] * cov[j, j]))
+        r = float(np.clip(cov[i, j] / size, -1.0, 1.0)) if size > 0 else 0.0
+        held = self._held(k, (j, i))
+        structure = self.layout.structures[k]
+        at = int(self._ends[k])
+        S = structure.S
+        low = -1.0 if isinstance(structure, Unstructured) else -1.0 / (S - 1)
+        squared = self._squared(k)
+
+        def hold(value: float) -> Held:
+            M, constant = held.M.copy(), held.constant.copy()
+            if isinstance(structure, Unstructured):
+                # column-major triangle: L_21 is second, L_22 follows the first column
+                M[at + 1] = 0.0
+                M[:, at + 1] = 0.0
+                M[at + 1, at + S] = value
+                M[at + S, at + S] = np.sqrt(max(1.0 - value**2, 0.0))
+            else:
+                last = int(self._ends[k + 1]) - 1
+                M[last] = 0.0
+                sine = np.sqrt(np.clip((1.0 - value) * (S - 1) / S, 0.0, 1.0))
+                constant[last] = np.arcsin(sine)
+            return held._replace(M=M, constant=constant, squared=squared)
+
+        step = 0.5 / np.sqrt(len(term.levels))
+        sds = tuple(f"sd_{term.names[x]}|{term.group}" for x in (i, j))
+        return Parameter(name, r, low, 1.0, step, hold, lambda: self._start(k, (j, i), r), sds)
+
+    # -- fixed effects ----------------------------------------------------------------------------
+
+    def coefficient(self, j: int) -> Parameter:
+        """Fixed effect number ``j``; the criterion must be ML."""
+        fit, units = self.fit, self.fit.model._units
+        held = self._held(None, ())
+
+        def hold(value: float) -> Held:
+            return held._replace(beta=units.A[j], value=(value - units.beta0[j]) / self.scale)
+
+        name, se = fit.model.design.x_names[j], float(fit.std_errors[j])
+        return Parameter(
+            name, float(fit._beta[j]), -np.inf, np.inf, se, hold, lambda: self._start(None, ())
+        )
+
+    # -- coordinates ------------------------------------------------------------------------------
+
+    def _unit(self, k: int) -> np.ndarray:
+        return np.abs(np.diag(self.fit.model._units.B[k]))
+
+    def _order(self, k: int, first: tuple[int, ...]) -> list[int]:
+        S = self.layout.structures[k].S
+        if not isinstance(self.layout.structures[k], Unstructured):
+            return list(range(S))
+        return [*first, *(s for s in range(S) if s not in first)]
+
+    def _diagonal(self, k: int, i: int) -> int:
+        """Place in the term's θ of the number that is its SD i over σ."""
+        structure = self.layout.structures[k]
+        if isinstance(structure, Unstructured):
+            return 0
+        return min(i, structure.n_theta - 1) if structure.scales else 0
+
+    def _held(self, k: int | None, first: tuple[int, ...]) -> Held:
+        n, units = self.layout.n_theta, []
+        for m, B in enumerate(self.fit.model._units.B):
+            order = self._order(m, first if m == k else ())
+            D = np.eye(len(B))[order].T * self._unit(m)[order]
+            units.append(np.linalg.solve(B, D))
+        p = len(self.fit._beta)
+        reml = float(self.fit.method == "REML")
+        M = np.eye(n, n + 1)
+        return Held(
+            M, np.zeros(n + 1), np.zeros(n), np.zeros(n), 0.0, 1.0, np.zeros(p), 0.0, reml, units
+        )
+
+    def _start(self, k: int | None, first: tuple[int, ...], r: float | None = None) -> np.ndarray:
+        """w near the optimum, with no component at 0, where the gradient would vanish."""
+        fit, pieces = self.fit, []
+        lams = fit.model._factors(fit.theta)
+        for m, (lam, s) in enumerate(zip(lams, self.layout.structures, strict=True)):
+            order = self._order(m, first if m == k else ())
+            theta = s.from_factor((lam / self._unit(m)[:, None])[order])
+            pieces.append(_away(theta, s))
+            if m == k and r is not None and isinstance(s, Unstructured):
+                # the coordinate of L_22 is now the second SD
+                pieces[-1][s.S] = np.hypot(theta[1], pieces[-1][s.S])
+        w = np.concatenate([*pieces, [np.log(fit.sigma / self.scale)]])
+        return w if r is None or k is None else np.where(self._squared(k) > 0, np.sqrt(abs(w)), w)
+
+    def _squared(self, k: int) -> np.ndarray:
+        """Where w enters as a square while a correlation of term ``k`` is held."""
+        S, at = self.layout.structures[k].S, int(self._ends[k])
+        us = isinstance(self.layout.structures[k], Unstructured)
+        out = np.zeros(self.layout.n_theta + 1)
+        out[[at, at + S] if us else slice(at, int(self._ends[k + 1]) - 1)] = 1.0
+        return out
+
+
+def _position(term: Any, i: int, j: int) -> int:
+    return components._places(len(term.names), term.cov).index((i, j))
+
+
+def _away(theta: np.ndarray, structure: Any) -> np.ndarray:
+    """θ with its diagonal not nearer to 0 than a small number: never start on a symmetry."""
+    moved = np.abs(structure.from_factor(2.0 * np.eye(structure.S)) - structure.start()) > 0
+    return np.where(moved & (np.abs(theta) < 0.05), 0.05, theta)
+
+
+def _check(fit: Fit) -> None:
+    if fit.model.is_structured:
+        raise LmmError(
+            "profile likelihoods are for independent residuals; found a residual structure. Use "
+            "method='wald', and residual_intervals()."
+        )
+    if not fit.converged:
+        raise ComparisonError(
+            f"the fit did not converge; expected an optimum to profile from. {fit.message}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# Limits
+# -------------------------------------------------------------------------------------------------
+
+
+@in_float64
+def limits(profiler: Profiler, parameter: Parameter, level: float) -> tuple[float, float]:
+    """Where the profile crosses the quantile, or the ends of the parameter's range.
+
+    A correlation is arbitrary where an SD of its own is 0: if such a model is within the quantile,
+    so is every correlation.
+    """
+    from scipy import stats
+
+    top = profiler.fit.deviance + float(stats.chi2.ppf(level, 1))
+    for name in parameter.sds:
+        sd = profiler.component(name)
+        if profiler.deviance(sd, 0.0, sd.start())[0] <= top:
+            return parameter.low, parameter.high
+    return (
+        _limit(profiler, parameter, top, -1.0),
+        _limit(profiler, parameter, top, 1.0),
+    )
+
+
+def _limit(profiler: Profiler, parameter: Parameter, top: float, sign: float) -> float:
+    """Walk until the profile is above ``top``, then find the crossing between the last two points.
+
+    Every optimum is sought from the last one below ``top``: far outside there are others, in which
+    an SD is 0.
+    """
+    from scipy.optimize import brentq
+
+    end = parameter.low if sign < 0 else parameter.high
+    start = parameter.start()
+    inside, warm, step = parameter.estimate, start, parameter.step
+
+    def excess(value: float) -> float:
+        nonlocal warm
+        found, place = profiler.deviance(parameter, value, _restart(warm, start))
+        warm = place if found < top else warm
+        return found - top
+
+    if inside == end:
+        return end
+    for _ in range(60):
+        value = inside + sign * step
+        at_end = value <= end if sign < 0 else value >= end
+        if at_end and parameter.name == "sigma":
+            value, at_end = 0.5 * inside, False  # never 0: the criterion has no value there
+        value = end if at_end else value
+        if excess(value) > 0:
+            scale = max(abs(inside), abs(value))
+            return float(brentq(excess, inside, value, xtol=1e-9 * scale, rtol=1e-10))
+        if at_end:
+            return end
+        inside, step = value, 1.6 * step
+    raise ComparisonError(
+        f"the profile of {parameter.name} stays below its limit up to {inside:.6g}; expected a "
+        "crossing. The data do not bound it: use method='wald' or simplify the model."
+    )
+
+
+def _restart(warm: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The last optimum, moved off exact symmetries towards the estimate."""
+    return np.where(np.abs(warm) < 1e-3, 0.9 * warm + 0.1 * start, warm)

@@ -1,0 +1,200 @@
+"""Intervals: profile likelihood against root-found references, Wald and bootstrap."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference_cases import REFERENCE, case_contrasts, case_data, load_case, numbers
+from scipy import stats
+
+import lmmjax as lmm
+from lmmjax.inference.profile import Profiler
+from lmmjax.precision import in_float64
+
+#: interior, at zero, correlation of one, no correlation; chosen to share compiled programs
+CASES = (
+    "dyestuff_ml",
+    "dyestuff_reml",
+    "dyestuff2_singular_reml",
+    "sleepstudy_slope_reml",
+    "sim_corr1_singular_reml",
+)
+
+
+@functools.cache
+def fit(name: str) -> lmm.Fit:
+    case = load_case(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lmm.SingularFitWarning)
+        model = lmm.Model(case["formula"], case_data(case), contrasts=case_contrasts(case) or None)
+        return model.fit(method=case["method"])
+
+
+@functools.cache
+def profile(name: str, criterion: str | None = None):
+    return fit(name).confint("profile", criterion=criterion)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_profile_equals_reference(name: str) -> None:
+    expected = load_case(name)["expected"]["ci_profile_95_exact"]
+    got = profile(name, "ML")
+    assert list(got.index) == expected["names"]
+    low, high = numbers(expected["lower"]), numbers(expected["upper"])
+    assert np.max(np.abs(got["low"] - low) / (high - low)) < 1e-6
+    assert np.max(np.abs(got["high"] - high) / (high - low)) < 1e-6
+
+
+def test_boundaries_are_limits() -> None:
+    assert profile("dyestuff2_singular_reml", "ML").loc["sd_(Intercept)|Batch", "low"] == 0
+    assert profile("sim_corr1_singular_reml", "ML").loc["cor_x.(Intercept)|g", "high"] == 1
+
+
+@in_float64
+def dense_reml(fit: lmm.Fit, sd: float, sigma: float) -> float:
+    """-2 restricted log-likelihood of a random intercept by dense matrices."""
+    design = fit.model.design
+    Z = np.eye(len(design.terms[0].levels))[design.terms[0].codes]
+    V = sd**2 * Z @ Z.T + sigma**2 * np.eye(fit.n_obs)
+    Vi = np.linalg.inv(V)
+    XVX = design.X.T @ Vi @ design.X
+    r = design.y - design.X @ np.linalg.solve(XVX, design.X.T @ Vi @ design.y)
+    nu = fit.n_obs - design.p
+    logdets = np.linalg.slogdet(V)[1] + np.linalg.slogdet(XVX)[1]
+    return float(nu * np.log(2 * np.pi) + logdets + r @ Vi @ r)
+
+
+def test_profile_of_the_reml_criterion() -> None:
+    from scipy.optimize import minimize_scalar
+
+    one, got = fit("dyestuff_reml"), profile("dyestuff_reml")
+    assert got.attrs["criterion"] == {"variance parameters": "REML", "fixed effects": "ML"}
+    assert "REML integrates" in got.attrs["note"]
+    top = one.deviance + stats.chi2.ppf(0.95, 1)
+    for value in got.loc["sd_(Intercept)|Batch", ["low", "high"]]:
+        best = minimize_scalar(
+            lambda s, v=value: dense_reml(one, v, s), bounds=(20, 100), method="bounded"
+        )
+        assert best.fun == pytest.approx(top, abs=1e-5)
+    for value in got.loc["sigma", ["low", "high"]]:
+        best = minimize_scalar(
+            lambda s, v=value: dense_reml(one, s, v), bounds=(0, 300), method="bounded"
+        )
+        assert best.fun == pytest.approx(top, abs=1e-5)
+    ml = profile("dyestuff_ml")
+    assert got.loc["(Intercept)", "low"] == pytest.approx(ml.loc["(Intercept)", "low"], rel=1e-8)
+
+
+@in_float64
+def test_profile_at_the_estimates_is_the_optimum() -> None:
+    one = fit("sleepstudy_slope_reml")
+    profiler = Profiler(one)
+    for name in ("sd_(Intercept)|Subject", "sd_Days|Subject", "cor_Days.(Intercept)|Subject"):
+        parameter = profiler.component(name)
+        value, _ = profiler.deviance(parameter, parameter.estimate, parameter.start())
+        assert value == pytest.approx(one.deviance, abs=1e-7)
+    assert jnp.zeros(1).dtype == jnp.float64
+
+
+def test_linear_model_has_an_exact_profile() -> None:
+    one = lmm.Model("Yield ~ 1", lmm.load_dataset("Dyestuff")).fit(method="ML")
+    got = one.confint("profile")
+    n, q = one.n_obs, stats.chi2.ppf(0.95, 1)
+    half = one.sigma * np.sqrt(np.expm1(q / n))  # n log(1 + d² / σ̂²) = q
+    assert got.loc["(Intercept)", "high"] == pytest.approx(float(one.beta.iloc[0]) + half, rel=1e-8)
+    for s in got.loc["sigma", ["low", "high"]]:
+        ratio = one.sigma**2 / s**2
+        assert n * (ratio - 1 - np.log(ratio)) == pytest.approx(q, rel=1e-6)
+
+
+def test_wald_on_unbounded_scales() -> None:
+    one = fit("sleepstudy_slope_reml")
+    got = one.confint()
+    assert list(got.columns) == ["estimate", "low", "high"]
+    assert list(got.index) == list(profile("sleepstudy_slope_reml", "ML").index)
+    sd = got.loc["sd_Days|Subject"]
+    assert sd["estimate"] ** 2 == pytest.approx(sd["low"] * sd["high"])
+    z = np.arctanh(got.loc["cor_Days.(Intercept)|Subject"])
+    assert z["estimate"] == pytest.approx((z["low"] + z["high"]) / 2)
+    # the same information as the Wald tests of variances: d log sd = d var / (2 var)
+    tests = one.variance_tests()
+    row = tests[(tests["term1"] == "Days") & tests["term2"].isna()].iloc[0]
+    half = np.log(sd["high"] / sd["low"]) / 2
+    assert half == pytest.approx(stats.norm.ppf(0.975) * row["std_error"] / (2 * row["estimate"]))
+    table = one.coef_table()
+    np.testing.assert_allclose(
+        got.loc["Days", ["low", "high"]], table.loc["Days", ["ci_low", "ci_high"]]
+    )
+
+
+def test_wald_of_a_singular_fit_is_unknown() -> None:
+    got = fit("dyestuff2_singular_reml").confint()
+    assert np.isnan(got.loc["sd_(Intercept)|Batch", "low"])
+    assert np.isfinite(got.loc["sigma"]).all()
+
+
+def test_bootstrap_intervals() -> None:
+    one = fit("dyestuff_reml")
+    got = one.confint("bootstrap", n=400, seed=3)
+    assert list(got.index) == ["sd_(Intercept)|Batch", "sigma", "(Intercept)"]
+    assert (got["low"] <= got["estimate"]).all()
+    assert (got["estimate"] <= got["high"]).all()
+    again = one.bootstrap(400, 3).confint(parm="sigma")
+    np.testing.assert_array_equal(got.loc["sigma"], again.loc["sigma"])
+
+
+def test_choice_of_parameters_and_levels() -> None:
+    one = fit("dyestuff_reml")
+    assert list(one.confint(parm="beta_").index) == ["(Intercept)"]
+    assert list(one.confint(parm="theta_").index) == ["sd_(Intercept)|Batch", "sigma"]
+    wide = one.confint("profile", level=0.99, parm="sigma")
+    narrow = one.confint("profile", parm="sigma")
+    assert wide["high"].item() > narrow["high"].item()
+    assert wide["low"].item() < narrow["low"].item()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "likelihood"},
+        {"parm": "nothing"},
+        {"criterion": "ML"},
+        {"method": "profile", "criterion": "AIC"},
+        {"level": 95},
+        {"method": "bootstrap", "kind": "bca", "n": 20},
+    ],
+)
+def test_bad_options(options: dict) -> None:
+    with pytest.raises(lmm.LmmError, match="expected"):
+        fit("dyestuff_reml").confint(**options)
+
+
+# -- conditional AIC ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::lmmjax.SingularFitWarning")
+@pytest.mark.parametrize("name", ["dyestuff_reml", "dyestuff2_singular_reml"])
+def test_conditional_df_are_those_of_refits(name: str) -> None:
+    one = fit(name)
+    n, h = one.n_obs, 1e-3 * one.sigma
+    y, formula = one.model.design.y[:, None], "~ 1 + (1 | Batch)"
+    both = np.concatenate([y + h * np.eye(n), y - h * np.eye(n)], axis=1)
+    refits = lmm.fit_many(formula, case_data(load_case(name)), responses=both)
+    fitted = np.column_stack([refits[i].fitted() for i in range(2 * n)])
+    trace = np.sum(np.diag(fitted[:, :n] - fitted[:, n:])) / (2 * h)
+    got = one.caic()
+    assert got["df"] == pytest.approx(1 + trace, abs=1e-5)
+    assert got["caic"] == pytest.approx(-2 * got["loglik"] + 2 * got["df"])
+
+
+def test_conditional_loglik_equals_caic4() -> None:
+    ref = json.loads((REFERENCE / "tests" / "caic_sleepstudy_slope_reml.json").read_text())
+    got = fit("sleepstudy_slope_reml").caic()
+    assert got["loglik"] == pytest.approx(ref["expected"]["loglikelihood"], abs=1e-6)
+    # cAIC4 halves a term of the correction, see the docstring
+    assert got["df"] == pytest.approx(ref["expected"]["df"], abs=0.1)
