@@ -77,6 +77,7 @@ def pad(layout: Layout, gram: Gram, rhs: Rhs) -> tuple[Layout, Gram, Rhs]:
         core=full,
         n=gram.n,
         logdet_R=gram.logdet_R,
+        times=tuple(_levels(a, J) for a, J in zip(gram.times, sizes, strict=False)),
         cross=None if gram.cross is None else _pad_cross(gram.cross, layout.d, to.d),
     )
     y = _spread(rhs.core, core, to.d + to.p, axis=0)

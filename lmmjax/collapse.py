@@ -130,6 +130,8 @@ def collapse(layout: Layout, gram: Gram) -> Collapsed | None:
         return None
     (terms, S, J) = layout.chain[0]
     own, border = np.asarray(gram.own[0]), np.asarray(gram.border[0])
+    if any(len(np.unique(own[s, t])) > WORTH * J for s in range(S) for t in range(s + 1)):
+        return None
     found = _classes(own)
     if len(found) > WORTH * J:
         return None

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import estimate
-from lmmjax.buckets import with_dummies
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
 from lmmjax.fit import Fit
 from lmmjax.inference.hypothesis import check_df, check_information
@@ -101,7 +100,7 @@ def fit_model(
     theta0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
     with one_blas_thread(layout.d + layout.p >= SMALL):
-        best, est = jax.device_get(_optimise(model, method, theta0, key))
+        best, est = jax.tree.map(np.asarray, _optimise(model, method, theta0, key))
     seconds = time.perf_counter() - began
     theta_s, phi = np.split(np.asarray(best.theta, float), [layout.n_theta])
     sd = _residual_sd(model, phi)
@@ -144,8 +143,7 @@ def _optimise(model: Model, method: str, theta0: np.ndarray, key: Any) -> Any:
 
         layout = model._plan.layout
         return program.optimise(layout, method, model._source(), theta0, optimizer=key)
-    layout, the_gram, rhs = model._padded
-    the_gram = with_dummies(the_gram, layout.p - model.design.p, method)
+    layout, the_gram, rhs = model._fitted_arrays[method]
     return estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
 
 

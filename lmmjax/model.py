@@ -11,6 +11,7 @@ import numpy as np
 
 from lmmjax import buckets, derivatives, gram, start
 from lmmjax import likelihood as lk
+from lmmjax.collapse import collapse
 from lmmjax.design import Design, build_design
 from lmmjax.errors import DataError, DesignError, FormulaError, LmmError
 from lmmjax.gram import Gram, Layout, Rhs
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from lmmjax.residual.source import Source
 
 METHODS = ("ML", "REML")
+
+#: from this many levels on, a fit looks for levels with equal blocks
+MANY_LEVELS = 1000
 
 
 def check_method(method: str) -> str:
@@ -295,14 +299,26 @@ class Model:
 
     @cached_property
     def _padded(self) -> tuple[Layout, Gram, Rhs]:
-        """What is fitted: shapes rounded up to buckets (buckets.py); as ``_on_device``."""
-        layout, the_gram, rhs = buckets.pad(self._plan.layout, *self._arrays())
-        if layout == self._plan.layout:
-            return (layout, *self._on_device)
-        return (layout, *jax.tree.map(jnp.asarray, (the_gram, rhs)))
+        """What is fitted: levels with equal blocks collapsed where they are many (collapse.py),
+        shapes rounded up to buckets (buckets.py); as ``_on_device``."""
+        layout, (the_gram, rhs) = self._plan.layout, self._standard[2:]
+        if layout.d == 0 and layout.chain and layout.chain[0][2] >= MANY_LEVELS:
+            small = collapse(layout, the_gram)
+            if small is not None:
+                layout, the_gram, rhs = small.layout, small.gram, small.rhs(rhs)
+        to, the_gram, rhs = buckets.pad(layout, *self._cast((the_gram, rhs)))
+        arrays = self._on_device if to == self._plan.layout else (the_gram, rhs)
+        return (to, *jax.tree.map(jnp.asarray, arrays))
+
+    @cached_property
+    def _fitted_arrays(self) -> dict[str, tuple[Layout, Gram, Rhs]]:
+        """:attr:`_padded` by method: what n counts depends on it (buckets.py)."""
+        layout, the_gram, rhs = self._padded
+        dummies = layout.p - self.design.p
+        return {m: (layout, buckets.with_dummies(the_gram, dummies, m), rhs) for m in METHODS}
 
     def __getstate__(self) -> dict[str, Any]:
-        arrays = ("_on_device", "_padded")
+        arrays = ("_on_device", "_padded", "_fitted_arrays")
         return {k: v for k, v in self.__dict__.items() if k not in arrays}
 
     @property

@@ -120,6 +120,34 @@ def test_results_do_not_depend_on_the_rows_or_on_the_model_before(
     assert list(other.fitted().index) == list(shuffled.index)
 
 
+def _many_levels(S: int) -> tuple[str, pd.DataFrame]:
+    """1,200 levels of few sizes (S = 1), or seen at the same four times (S = 2)."""
+    rng = np.random.default_rng(5)
+    data = pd.DataFrame({"g": np.repeat(np.arange(1200), 4), "t": np.tile([0.0, 1, 2, 3], 1200)})
+    effects = rng.normal(size=(1200, 2))[data["g"]] * [1.0, 0.5 * (S == 2)]
+    data["y"] = 1 + 0.3 * data["t"] + effects[:, 0] + effects[:, 1] * data["t"]
+    data["y"] += rng.normal(size=len(data))
+    if S == 2:
+        return "y ~ t + (t | g)", data
+    return "y ~ t + (1 | g)", data[rng.uniform(size=len(data)) < 0.9]
+
+
+@pytest.mark.parametrize("S", [1, 2])
+def test_collapsed_levels_change_nothing(S: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    formula, data = _many_levels(S)
+    small = lmm.Model(formula, data)
+    fit = small.fit()
+    assert small._padded[0].chain[0][2] < 50
+    monkeypatch.setattr("lmmjax.model.MANY_LEVELS", 10**9)
+    whole = lmm.Model(formula, data)
+    other = whole.fit()
+    assert whole._padded[0].chain[0][2] >= 1200
+    assert fit.loglik == pytest.approx(other.loglik, abs=1e-8)
+    np.testing.assert_allclose(fit.theta, other.theta, rtol=1e-6)
+    np.testing.assert_allclose(fit.coef_table(), other.coef_table(), rtol=1e-6)
+    np.testing.assert_allclose(fit.ranef(), other.ranef(), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(("shift", "scale"), [(2000.0, 1.0), (1e8, 1.0), (0.0, 1e-6), (0.0, 1e6)])
 def test_units_of_a_covariate_do_not_matter(
     sleep: pd.DataFrame, fit: lmm.Fit, shift: float, scale: float
