@@ -124,6 +124,7 @@ def fit_many(
     if missing not in ("drop", "raise"):
         raise DataError(f"missing={missing!r} is unknown; expected 'drop' or 'raise'.")
     shared = _Shared.build(formula, data, weights, offset, contrasts, missing)
+    responses = [responses] if isinstance(responses, str) else responses
     source = open_source(responses, shared.n_rows, shared.columns, layer)
     chunk = _chunk(chunk, shared.design.n, shared.model._plan.layout.q + shared.design.p)
     labels: list[Any] = []

@@ -458,11 +458,55 @@ class Model:
             information=information,
         )
 
-    def sample(self, method: str = "nuts", **options: Any) -> Posterior:
-        """Draw from the posterior; see :func:`lmmjax.bayes.sample.sample_model`."""
+    def sample(
+        self,
+        method: str = "nuts",
+        *,
+        form: str = "marginal",
+        draws: int = 1000,
+        warmup: int = 1000,
+        chains: int = 4,
+        target_accept: float = 0.9,
+        seed: int = 0,
+        priors: Any = "default",
+        progress: bool = False,
+    ) -> Posterior:
+        """Draw from the posterior by NUTS; see :func:`lmmjax.bayes.sample.sample_model`.
+
+        Parameters
+        ----------
+        method : {"nuts", "auto"}
+        form : {"marginal", "noncentered", "centered"}
+            Random effects integrated out and drawn exactly afterwards, or sampled; one posterior.
+        draws, warmup, chains : int
+            Draws kept and warm-up iterations per chain.
+        target_accept : float
+            Mean acceptance probability that the step size aims at; raise it against divergences.
+        seed : int
+        priors : {"default", "reml", "flat"} or dict
+            A dict maps ``"Days"``, ``"sd_Days|Subject"``, ``"cor_Subject"``, ``"sigma"`` ... to
+            NumPyro distributions in the units of the data.
+        progress : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        Posterior
+        """
         from lmmjax.bayes.sample import sample_model
 
-        return sample_model(self, method=method, **options)
+        return sample_model(
+            self,
+            method=method,
+            form=form,
+            draws=draws,
+            warmup=warmup,
+            chains=chains,
+            target_accept=target_accept,
+            seed=seed,
+            priors=priors,
+            progress=progress,
+        )
 
     def numpyro_model(self, form: str = "marginal", priors: Any = "default") -> Any:
         """The model as a NumPyro function; see :func:`lmmjax.bayes.numpyro_model.build`."""

@@ -519,6 +519,18 @@ def test_data_is_a_tree_that_arviz_understands(posterior):
     assert loo.elpd == pytest.approx(-861, abs=3)
 
 
+def test_arviz_labels_each_effect_by_its_level_and_term(posterior):
+    import arviz as az
+
+    table = az.summary(posterior.data, round_to="none")
+    draws = posterior.values["ranef_Subject"].reshape(-1, 18, 2)
+    levels = list(posterior.model.design.terms[0].levels)
+    for level, term in (("308", "Days"), ("309", "(Intercept)"), ("372", "Days")):
+        expected = draws[:, levels.index(level), ["(Intercept)", "Days"].index(term)].mean()
+        found = float(table.loc[f"ranef_Subject[{level}, {term}]", "mean"])
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_plots_of_arviz_work_on_the_tree(posterior):
     plots = pytest.importorskip("arviz_plots")
     plots.plot_forest(posterior.data, var_names=["beta"], backend="none")

@@ -60,6 +60,8 @@ def data_tree(posterior: Posterior) -> DataTree:
 
     design = posterior.model.design
     values = {k: v for k, v in posterior.values.items() if v.size}
+    # ArviZ labels by the order of the dimensions of the whole data set: level before term
+    values = dict(sorted(values.items(), key=lambda item: not item[0].startswith("ranef_")))
     contents = {"posterior": values, "sample_stats": posterior.stats}
     if posterior.chains * posterior.draws * design.n <= LOGLIK_NUMBERS:
         shape = (posterior.chains, posterior.draws, design.n)

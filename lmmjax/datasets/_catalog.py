@@ -75,7 +75,7 @@ DATASETS = (
     DatasetInfo(
         name="sleepstudy",
         rows=180,
-        summary="reaction time over ten days of sleep deprivation, 18 subjects",
+        summary="reaction time over ten days of a study of sleep deprivation, 18 subjects",
         description=(
             "Average reaction time per day of the most sleep-deprived group (three hours in bed) "
             "of the study, for its first ten days. Days 0 and 1 were adaptation and training, "

@@ -38,7 +38,11 @@ def hypotheses(fit: Fit, kind: int | str) -> dict[str, np.ndarray]:
     """
     kinds: dict[Any, int] = {1: 1, 2: 2, 3: 3, "I": 1, "II": 2, "III": 3}
     if kind not in kinds:
-        raise LmmError(f"type={kind!r} is unknown; expected 1, 2 or 3.")
+        found = kind if isinstance(kind, str | int | float) else f"a {type(kind).__name__}"
+        raise LmmError(
+            f"type={found} is unknown; expected 1, 2 or 3. To compare two fits, use "
+            "lmmjax.lrt(small, big) or lmmjax.aic_table(...)."
+        )
     design = fit.model.design
     if design.aliased:
         warnings.warn(_empty_cells(design, kinds[kind]), EstimabilityWarning, stacklevel=4)
