@@ -48,7 +48,7 @@ def aic_table(*fits: Fit) -> pd.DataFrame:
     >>> formulas = ("Yield ~ 1", "Yield ~ 1 + (1 | Batch)")
     >>> table = lmm.aic_table(*(lmm.Model(f, data).fit(method="ML") for f in formulas))
     >>> table["delta"].round(2).tolist()
-    [3.35, 0.0]
+    [3.4, 0.0]
     """
     import pandas as pd
 

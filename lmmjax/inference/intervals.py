@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import components
@@ -56,8 +57,9 @@ def confint(
 
 
 def parameter_names(fit: Fit) -> list[str]:
-    """lme4's names: variance parameters, σ, then the fixed effects."""
-    return [*components.names(fit.model.design.terms), *fit.model.design.x_names]
+    """lme4's names: variance parameters, σ, those of the residual structure, fixed effects."""
+    model = fit.model
+    return [*components.names(model.design.terms), *model.phi_names, *model.design.x_names]
 
 
 def _wanted(fit: Fit, parm: Any) -> list[str]:
@@ -86,7 +88,7 @@ def _frame(names: Sequence[str], rows: Any) -> pd.DataFrame:
 def estimates(fit: Fit) -> np.ndarray:
     """The fit's values of :func:`parameter_names`."""
     own = components.values(fit.model.design.terms, fit._term_covs(), np.asarray(fit.sigma))
-    return np.concatenate([own, fit._beta])
+    return np.concatenate([own, fit.residual_params(), fit._beta])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -98,12 +100,6 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
     """Wald intervals of all parameters; NaN for components of a singular fit."""
     from scipy import stats
 
-    if fit.model.is_structured:
-        raise LmmError(
-            "Wald intervals of variance parameters beside a residual structure are those of "
-            "residual_intervals(), those of fixed effects are in coef_table(); expected "
-            "independent residuals."
-        )
     value, se = _unbounded(fit)
     half = stats.norm.ppf(0.5 + level / 2) * se
     is_cor = np.array([n.startswith("cor_") for n in components.names(fit.model.design.terms)])
@@ -112,8 +108,9 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
         return np.where(is_cor, np.tanh(x), np.exp(np.where(is_cor, 0.0, x)))
 
     table = fit.coef_table(df, level)
-    low = np.concatenate([back(value - half), table["ci_low"]])
-    high = np.concatenate([back(value + half), table["ci_high"]])
+    residual = fit.residual_intervals(level)
+    low = np.concatenate([back(value - half), residual["low"], table["ci_low"]])
+    high = np.concatenate([back(value + half), residual["high"], table["ci_high"]])
     rows = np.column_stack([estimates(fit), low, high])
     return _frame(parameter_names(fit), rows)
 
@@ -121,27 +118,52 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
 @in_float64
 def _unbounded(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """log SDs, Fisher's z and log σ, with standard errors (NaN at a boundary)."""
+
+    model, layout = fit.model, fit.model._plan.layout
+    nu = fit.n_obs - (len(fit._beta) if fit.method == "REML" else 0)
+    value, slope, direct = _components(fit)
+    K = layout.n_theta
+    spread = 2.0 * np.linalg.pinv(fit._hessian_s, hermitian=True)
+    if fit.singular:  # σ alone has an interval: its slope along θ is 0 at an optimum's face
+        spread[:K] = spread[:, :K] = 0.0
+    se = np.sqrt(np.einsum("ki,ij,kj->k", slope, spread, slope) + direct**2 * 2.0 / nu)
+    if fit.singular:
+        value[:-1] = se[:-1] = np.nan
+    is_log = [not c.startswith("cor_") for c in components.names(model.design.terms)]
+    value = value + float(np.log(model._units.scale)) * np.array(is_log)
+    value[-1] = np.log(fit.sigma)
+    return value, se
+
+
+def _components(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, slopes in (θ, φ) along the profile of σ, and in log σ² alone, standardised.
+
+    φ moves components through the profiled σ² only, and σ also through the SD it refers to.
+    """
     from lmmjax.bootstrap import _structure, _transformed
 
-    layout, (gram, rhs) = fit.model._plan.layout, fit._products
-    nu = fit.n_obs - (len(fit._beta) if fit.method == "REML" else 0)
-    direct_only = np.array([np.log(fit.sigma)]), np.array([np.sqrt(0.5 / nu)])
-    if layout.n_theta == 0:
-        return direct_only
+    model, layout = fit.model, fit.model._plan.layout
+    gram, rhs = fit._products
     one = jax.tree.map(lambda a: np.asarray(a)[None], rhs)
-    value, slope, direct = jax.device_get(
-        _transformed(layout, fit.method, _structure(fit.model), gram, one, fit._theta_s[None])
-    )
-    hessian = np.eye(layout.n_theta) if fit.singular else fit._hessian_s
-    spread = 2.0 * np.linalg.pinv(hessian, hermitian=True)
-    variance = np.einsum("ki,ij,kj->k", slope[0], spread, slope[0]) + direct[0] ** 2 * 2.0 / nu
-    se = np.sqrt(variance)
-    if fit.singular:
-        return np.append(value[0][:-1] * np.nan, direct_only[0]), np.append(
-            se[:-1] * np.nan, direct_only[1]
+    value, slope, direct = (
+        np.array(a[0])
+        for a in jax.device_get(
+            _transformed(layout, fit.method, _structure(model), gram, one, fit._theta_s[None])
         )
-    is_log = [not c.startswith("cor_") for c in components.names(fit.model.design.terms)]
-    return value[0] + float(np.log(fit.model._units.scale)) * np.array(is_log), se
+    )
+    if model.design.residual is None:
+        return value, slope, direct
+    from lmmjax.residual import program
+
+    free = jnp.asarray(np.concatenate([fit._theta_s, fit.phi]))
+    along = np.asarray(program.log_sigma2_slope(layout, fit.method, free, model._prepared[2]))
+    moved = direct[:, None] * along[layout.n_theta :]
+    structure = model.design.residual.structure
+    reference = jax.jacfwd(
+        lambda phi: jnp.log(structure.variances.reference(phi[structure.n_corr :]))
+    )
+    moved[-1] += np.asarray(reference(jnp.asarray(fit.phi)))
+    return value, np.concatenate([slope, moved], axis=1), direct
 
 
 # -------------------------------------------------------------------------------------------------
