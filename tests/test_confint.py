@@ -216,3 +216,14 @@ def test_wald_beside_a_residual_structure_equals_nlme() -> None:
         np.testing.assert_allclose(got.loc[name, ["low", "high"]], limits, rtol=2e-3)
     with pytest.raises(lmm.LmmError, match="residual structure"):
         model.fit().confint("profile")
+
+
+def test_zeta_crosses_the_normal_quantile_at_the_limits() -> None:
+    one = fit("dyestuff_ml")
+    got = one.profile("sigma", level=0.95, points=5)
+    assert list(got.columns) == ["parameter", "value", "zeta"]
+    z = stats.norm.ppf(0.975)
+    np.testing.assert_allclose(got["zeta"].iloc[[0, -1]], [-z, z], atol=1e-6)
+    assert got["zeta"].is_monotonic_increasing
+    limits = profile("dyestuff_ml").loc["sigma", ["low", "high"]]
+    np.testing.assert_allclose(got["value"].iloc[[0, -1]], limits, rtol=1e-6)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.fit import Fit
+    from lmmjax.inference.profile import Parameter, Profiler
 
 METHODS = ("wald", "profile", "bootstrap")
 
@@ -173,29 +174,54 @@ def _components(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def profile(fit: Fit, level: float, names: list[str], criterion: str | None) -> pd.DataFrame:
     """Profile-likelihood intervals; ``attrs`` tell the criterion of each kind of parameter."""
-    from lmmjax.inference.profile import Profiler, limits
+    from lmmjax.inference.profile import limits
+
+    known = dict(zip(parameter_names(fit), estimates(fit), strict=True))
+    method, profiled = _profiled(fit, names, criterion)
+    rows = [(known[p.name], *limits(profiler, p, level)) for profiler, p in profiled]
+    frame = _frame(names, rows)
+    frame.attrs["criterion"] = {"variance parameters": method, "fixed effects": "ML"}
+    if method == "REML" and any(name in fit.model.design.x_names for name in names):
+        frame.attrs["note"] = NOTE
+    return frame
+
+
+def curves(fit: Fit, parm: Any, criterion: str | None, level: float, points: int) -> pd.DataFrame:
+    """The table of ``Fit.profile``."""
+    import pandas as pd
+
+    from lmmjax.inference.profile import curve
+
+    if not (isinstance(points, int | np.integer) and points >= 2):
+        raise LmmError(f"points={points!r} is too few; expected an integer, 2 or more.")
+    check_level(level)
+    _, profiled = _profiled(fit, _wanted(fit, parm), criterion)
+    parts = []
+    for profiler, parameter in profiled:
+        values, zeta = curve(profiler, parameter, level, int(points))
+        parts.append(pd.DataFrame({"parameter": parameter.name, "value": values, "zeta": zeta}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _profiled(
+    fit: Fit, names: list[str], criterion: str | None
+) -> tuple[str, list[tuple[Profiler, Parameter]]]:
+    """The criterion of the variance parameters, and each parameter with what profiles it."""
+    from lmmjax.inference.profile import Profiler
 
     method = fit.method if criterion is None else str(criterion).upper()
     if method not in ("ML", "REML"):
         raise LmmError(f"criterion={criterion!r} is unknown; expected 'ML' or 'REML'.")
     fixed = list(fit.model.design.x_names)
-    known = dict(zip(parameter_names(fit), estimates(fit), strict=True))
     profilers: dict[str, Profiler] = {}
-    rows = []
+    out = []
     for name in names:
         own = "ML" if name in fixed else method
         if own not in profilers:
             profilers[own] = Profiler(_by(fit, own))
-        profiler = profilers[own]
-        parameter = (
-            profiler.coefficient(fixed.index(name)) if name in fixed else profiler.component(name)
-        )
-        rows.append((known[name], *limits(profiler, parameter, level)))
-    frame = _frame(names, rows)
-    frame.attrs["criterion"] = {"variance parameters": method, "fixed effects": "ML"}
-    if method == "REML" and any(name in fixed for name in names):
-        frame.attrs["note"] = NOTE
-    return frame
+        p = profilers[own]
+        out.append((p, p.coefficient(fixed.index(name)) if name in fixed else p.component(name)))
+    return method, out
 
 
 def _by(fit: Fit, method: str) -> Fit:
