@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference_cases import REFERENCE, case_contrasts, case_data, load_case, numbers
+from residual_cases import data, load, residual_text
 from scipy import stats
 
 import lmmjax as lmm
@@ -198,3 +199,31 @@ def test_conditional_loglik_equals_caic4() -> None:
     assert got["loglik"] == pytest.approx(ref["expected"]["loglikelihood"], abs=1e-6)
     # cAIC4 halves a term of the correction, see the docstring
     assert got["df"] == pytest.approx(ref["expected"]["df"], abs=0.1)
+
+
+def test_wald_beside_a_residual_structure_equals_nlme() -> None:
+    case = load("sim_ar1_lme_ar1_reml")
+    model = lmm.Model(case["formula"], data(case), residual=residual_text(case))
+    got = model.fit().confint()
+    # intervals() of nlme 3.1-162, whose Hessian is numerical: good to 1e-3
+    expected = {
+        "sd_(Intercept)|id": (1.6482621251607685, 2.925115901371273),
+        "sigma": (1.865181032029032, 2.411154564737717),
+        "phi": (0.4771989835667212, 0.6931807137593827),
+    }
+    assert list(got.index) == [*expected, *model.design.x_names]
+    for name, limits in expected.items():
+        np.testing.assert_allclose(got.loc[name, ["low", "high"]], limits, rtol=2e-3)
+    with pytest.raises(lmm.LmmError, match="residual structure"):
+        model.fit().confint("profile")
+
+
+def test_zeta_crosses_the_normal_quantile_at_the_limits() -> None:
+    one = fit("dyestuff_ml")
+    got = one.profile("sigma", level=0.95, points=5)
+    assert list(got.columns) == ["parameter", "value", "zeta"]
+    z = stats.norm.ppf(0.975)
+    np.testing.assert_allclose(got["zeta"].iloc[[0, -1]], [-z, z], atol=1e-6)
+    assert got["zeta"].is_monotonic_increasing
+    limits = profile("dyestuff_ml").loc["sigma", ["low", "high"]]
+    np.testing.assert_allclose(got["value"].iloc[[0, -1]], limits, rtol=1e-6)

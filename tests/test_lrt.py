@@ -269,7 +269,7 @@ def test_mixture_is_refused_where_a_nuisance_variance_is_zero() -> None:
 
 
 def test_exact_needs_one_variance() -> None:
-    refused(slopes()[0], slopes()[3], "one variance", method="exact")
+    refused(slopes()[0], slopes()[3], "found 3 parameters", method="exact")
 
 
 def test_unknown_options() -> None:
@@ -304,3 +304,16 @@ def test_command_line(capsys: Any, monkeypatch: Any) -> None:
     assert "mixture 0.5 chi2(0)" in capsys.readouterr().out
     assert cli.main([*call[:2], call[3], call[2]]) == 2
     assert "not nested" in capsys.readouterr().err
+
+
+def test_residual_structure_is_tested_by_chi_squared() -> None:
+    data = table("sleepstudy")
+    small = lmm.Model("Reaction ~ Days", data).fit()
+    big = lmm.Model("Reaction ~ Days", data, residual="ar1(Days | Subject)").fit()
+    result = lmm.lrt(small, big)
+    assert result.df == 1
+    assert result.statistic == pytest.approx(2 * (big.loglik - small.loglik))
+    assert list(result.table.index) == ["Reaction ~ Days", "Reaction ~ Days, ar1(Days | Subject)"]
+    refused(small, big, "residual structure", method="mixture")
+    refused(small, big, "residual structure", method="exact")
+    refused(big, slopes()[1], "residual structures")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmmjax.errors import ComparisonError
-from lmmjax.inference.nesting import check_converged, check_same_data
+from lmmjax.inference.nesting import check_converged, check_same_data, label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +48,7 @@ def aic_table(*fits: Fit) -> pd.DataFrame:
     >>> formulas = ("Yield ~ 1", "Yield ~ 1 + (1 | Batch)")
     >>> table = lmm.aic_table(*(lmm.Model(f, data).fit(method="ML") for f in formulas))
     >>> table["delta"].round(2).tolist()
-    [3.35, 0.0]
+    [3.4, 0.0]
     """
     import pandas as pd
 
@@ -59,17 +59,12 @@ def aic_table(*fits: Fit) -> pd.DataFrame:
     _check_criteria(fits)
     table = pd.DataFrame(
         {name: [getattr(f, name) for f in fits] for name in COLUMNS},
-        index=pd.Index([_label(f) for f in fits], name="model"),
+        index=pd.Index([label(f) for f in fits], name="model"),
     )
     table["delta"] = table["aic"] - table["aic"].min()
     relative = np.exp(-0.5 * table["delta"])
     table["weight"] = relative / relative.sum()
     return table
-
-
-def _label(fit: Fit) -> str:
-    residual = fit.model.residual
-    return f"{fit.model.formula}, {residual}" if residual else fit.model.formula
 
 
 def _check_criteria(fits: tuple[Fit, ...]) -> None:

@@ -99,9 +99,11 @@ def _tested(pair: Pair) -> tuple[np.ndarray, np.ndarray, int]:
     single = len(found) == 1 and (structures[found[0][2]].S == 1 or found[0][0].cov == "diag")
     whole = len(terms) == 1 and isinstance(structures[next(iter(terms))], Homogeneous)
     if extra != 1 or not (single or whole) or big.model.is_structured:
+        what = "a residual structure" if big.model.is_structured else f"{extra} parameters"
+        other = "chi2" if big.model.is_structured else "mixture' or 'bootstrap"
         raise ComparisonError(
-            f"found {extra} variance parameters under test; the exact test is for one variance "
-            "of independent residuals. Use method='mixture' or 'bootstrap'."
+            f"found {what} beside or among the variances under test; the exact test is for one "
+            f"variance component of independent residuals. Use method='{other}'."
         )
     term = found[0][0]
     z = term.z if whole else term.z[:, [found[0][1]]]

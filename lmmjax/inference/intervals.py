@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import components
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.fit import Fit
+    from lmmjax.inference.profile import Parameter, Profiler
 
 METHODS = ("wald", "profile", "bootstrap")
 
@@ -56,8 +58,9 @@ def confint(
 
 
 def parameter_names(fit: Fit) -> list[str]:
-    """lme4's names: variance parameters, σ, then the fixed effects."""
-    return [*components.names(fit.model.design.terms), *fit.model.design.x_names]
+    """lme4's names: variance parameters, σ, those of the residual structure, fixed effects."""
+    model = fit.model
+    return [*components.names(model.design.terms), *model.phi_names, *model.design.x_names]
 
 
 def _wanted(fit: Fit, parm: Any) -> list[str]:
@@ -86,7 +89,7 @@ def _frame(names: Sequence[str], rows: Any) -> pd.DataFrame:
 def estimates(fit: Fit) -> np.ndarray:
     """The fit's values of :func:`parameter_names`."""
     own = components.values(fit.model.design.terms, fit._term_covs(), np.asarray(fit.sigma))
-    return np.concatenate([own, fit._beta])
+    return np.concatenate([own, fit.residual_params(), fit._beta])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -98,12 +101,6 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
     """Wald intervals of all parameters; NaN for components of a singular fit."""
     from scipy import stats
 
-    if fit.model.is_structured:
-        raise LmmError(
-            "Wald intervals of variance parameters beside a residual structure are those of "
-            "residual_intervals(), those of fixed effects are in coef_table(); expected "
-            "independent residuals."
-        )
     value, se = _unbounded(fit)
     half = stats.norm.ppf(0.5 + level / 2) * se
     is_cor = np.array([n.startswith("cor_") for n in components.names(fit.model.design.terms)])
@@ -112,8 +109,9 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
         return np.where(is_cor, np.tanh(x), np.exp(np.where(is_cor, 0.0, x)))
 
     table = fit.coef_table(df, level)
-    low = np.concatenate([back(value - half), table["ci_low"]])
-    high = np.concatenate([back(value + half), table["ci_high"]])
+    residual = fit.residual_intervals(level)
+    low = np.concatenate([back(value - half), residual["low"], table["ci_low"]])
+    high = np.concatenate([back(value + half), residual["high"], table["ci_high"]])
     rows = np.column_stack([estimates(fit), low, high])
     return _frame(parameter_names(fit), rows)
 
@@ -121,27 +119,52 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
 @in_float64
 def _unbounded(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """log SDs, Fisher's z and log σ, with standard errors (NaN at a boundary)."""
+
+    model, layout = fit.model, fit.model._plan.layout
+    nu = fit.n_obs - (len(fit._beta) if fit.method == "REML" else 0)
+    value, slope, direct = _components(fit)
+    K = layout.n_theta
+    spread = 2.0 * np.linalg.pinv(fit._hessian_s, hermitian=True)
+    if fit.singular:  # σ alone has an interval: its slope along θ is 0 at an optimum's face
+        spread[:K] = spread[:, :K] = 0.0
+    se = np.sqrt(np.einsum("ki,ij,kj->k", slope, spread, slope) + direct**2 * 2.0 / nu)
+    if fit.singular:
+        value[:-1] = se[:-1] = np.nan
+    is_log = [not c.startswith("cor_") for c in components.names(model.design.terms)]
+    value = value + float(np.log(model._units.scale)) * np.array(is_log)
+    value[-1] = np.log(fit.sigma)
+    return value, se
+
+
+def _components(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, slopes in (θ, φ) along the profile of σ, and in log σ² alone, standardised.
+
+    φ moves components through the profiled σ² only, and σ also through the SD it refers to.
+    """
     from lmmjax.bootstrap import _structure, _transformed
 
-    layout, (gram, rhs) = fit.model._plan.layout, fit._products
-    nu = fit.n_obs - (len(fit._beta) if fit.method == "REML" else 0)
-    direct_only = np.array([np.log(fit.sigma)]), np.array([np.sqrt(0.5 / nu)])
-    if layout.n_theta == 0:
-        return direct_only
+    model, layout = fit.model, fit.model._plan.layout
+    gram, rhs = fit._products
     one = jax.tree.map(lambda a: np.asarray(a)[None], rhs)
-    value, slope, direct = jax.device_get(
-        _transformed(layout, fit.method, _structure(fit.model), gram, one, fit._theta_s[None])
-    )
-    hessian = np.eye(layout.n_theta) if fit.singular else fit._hessian_s
-    spread = 2.0 * np.linalg.pinv(hessian, hermitian=True)
-    variance = np.einsum("ki,ij,kj->k", slope[0], spread, slope[0]) + direct[0] ** 2 * 2.0 / nu
-    se = np.sqrt(variance)
-    if fit.singular:
-        return np.append(value[0][:-1] * np.nan, direct_only[0]), np.append(
-            se[:-1] * np.nan, direct_only[1]
+    value, slope, direct = (
+        np.array(a[0])
+        for a in jax.device_get(
+            _transformed(layout, fit.method, _structure(model), gram, one, fit._theta_s[None])
         )
-    is_log = [not c.startswith("cor_") for c in components.names(fit.model.design.terms)]
-    return value[0] + float(np.log(fit.model._units.scale)) * np.array(is_log), se
+    )
+    if model.design.residual is None:
+        return value, slope, direct
+    from lmmjax.residual import program
+
+    free = jnp.asarray(np.concatenate([fit._theta_s, fit.phi]))
+    along = np.asarray(program.log_sigma2_slope(layout, fit.method, free, model._prepared[2]))
+    moved = direct[:, None] * along[layout.n_theta :]
+    structure = model.design.residual.structure
+    reference = jax.jacfwd(
+        lambda phi: jnp.log(structure.variances.reference(phi[structure.n_corr :]))
+    )
+    moved[-1] += np.asarray(reference(jnp.asarray(fit.phi)))
+    return value, np.concatenate([slope, moved], axis=1), direct
 
 
 # -------------------------------------------------------------------------------------------------
@@ -151,29 +174,54 @@ def _unbounded(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
 
 def profile(fit: Fit, level: float, names: list[str], criterion: str | None) -> pd.DataFrame:
     """Profile-likelihood intervals; ``attrs`` tell the criterion of each kind of parameter."""
-    from lmmjax.inference.profile import Profiler, limits
+    from lmmjax.inference.profile import limits
+
+    known = dict(zip(parameter_names(fit), estimates(fit), strict=True))
+    method, profiled = _profiled(fit, names, criterion)
+    rows = [(known[p.name], *limits(profiler, p, level)) for profiler, p in profiled]
+    frame = _frame(names, rows)
+    frame.attrs["criterion"] = {"variance parameters": method, "fixed effects": "ML"}
+    if method == "REML" and any(name in fit.model.design.x_names for name in names):
+        frame.attrs["note"] = NOTE
+    return frame
+
+
+def curves(fit: Fit, parm: Any, criterion: str | None, level: float, points: int) -> pd.DataFrame:
+    """The table of ``Fit.profile``."""
+    import pandas as pd
+
+    from lmmjax.inference.profile import curve
+
+    if not (isinstance(points, int | np.integer) and points >= 2):
+        raise LmmError(f"points={points!r} is too few; expected an integer, 2 or more.")
+    check_level(level)
+    _, profiled = _profiled(fit, _wanted(fit, parm), criterion)
+    parts = []
+    for profiler, parameter in profiled:
+        values, zeta = curve(profiler, parameter, level, int(points))
+        parts.append(pd.DataFrame({"parameter": parameter.name, "value": values, "zeta": zeta}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _profiled(
+    fit: Fit, names: list[str], criterion: str | None
+) -> tuple[str, list[tuple[Profiler, Parameter]]]:
+    """The criterion of the variance parameters, and each parameter with what profiles it."""
+    from lmmjax.inference.profile import Profiler
 
     method = fit.method if criterion is None else str(criterion).upper()
     if method not in ("ML", "REML"):
         raise LmmError(f"criterion={criterion!r} is unknown; expected 'ML' or 'REML'.")
     fixed = list(fit.model.design.x_names)
-    known = dict(zip(parameter_names(fit), estimates(fit), strict=True))
     profilers: dict[str, Profiler] = {}
-    rows = []
+    out = []
     for name in names:
         own = "ML" if name in fixed else method
         if own not in profilers:
             profilers[own] = Profiler(_by(fit, own))
-        profiler = profilers[own]
-        parameter = (
-            profiler.coefficient(fixed.index(name)) if name in fixed else profiler.component(name)
-        )
-        rows.append((known[name], *limits(profiler, parameter, level)))
-    frame = _frame(names, rows)
-    frame.attrs["criterion"] = {"variance parameters": method, "fixed effects": "ML"}
-    if method == "REML" and any(name in fixed for name in names):
-        frame.attrs["note"] = NOTE
-    return frame
+        p = profilers[own]
+        out.append((p, p.coefficient(fixed.index(name)) if name in fixed else p.component(name)))
+    return method, out
 
 
 def _by(fit: Fit, method: str) -> Fit:

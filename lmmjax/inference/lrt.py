@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmmjax.errors import ComparisonError, LmmError
-from lmmjax.inference.nesting import Pair, pair
+from lmmjax.inference.nesting import Pair, label, pair
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,7 +155,7 @@ def _table(two: Pair, statistic: float, df: int, p: float) -> pd.DataFrame:
         for name in ("n_params", "loglik", "deviance", "aic", "bic")
     }
     columns |= {"statistic": [np.nan, statistic], "df": [np.nan, df], "p_value": [np.nan, p]}
-    return pd.DataFrame(columns, index=pd.Index([f.model.formula for f in fits], name="model"))
+    return pd.DataFrame(columns, index=pd.Index([label(f) for f in fits], name="model"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def _chi2(two: Pair, statistic: float, n: int, seed: int) -> Judged:
 
     df = two.big.n_params - two.small.n_params
     note = f"chi-squared with {df} df"
-    if df > two.n_fixed:
+    if len(two.big.theta) > len(two.small.theta):
         note += " (conservative if variances under test are 0 under the null: see method='mixture')"
     return float(stats.chi2.sf(statistic, df)), 0.0, {"note": note}
 

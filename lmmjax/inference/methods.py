@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,18 @@ from lmmjax.errors import LmmError
 from lmmjax.inference import hypothesis
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.inference.information import Tables, tables
+from lmmjax.inference.likelihood_methods import LikelihoodMethods
 from lmmjax.inference.linear import Directions, directions
 from lmmjax.precision import in_float64
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lmmjax.fit import Fit
     from lmmjax.inference.containment import Containment
     from lmmjax.inference.robust import Sandwich
 
 
-class InferenceMethods:
+class InferenceMethods(LikelihoodMethods):
     """Tests, marginal means, variance shares and robust covariances of a :class:`lmmjax.Fit`.
 
     Wherever ``df=`` can be said it is one of ``"satterthwaite"``, ``"kenward-roger"`` (REML fits
@@ -34,10 +34,6 @@ class InferenceMethods:
     ``"containment"`` (nlme's inner-outer rule, nested factors) and ``"wald"`` (infinite). It is by
     default that of the fit. Linear models have n - p degrees of freedom by every method but Wald.
     """
-
-    @property
-    def _fit(self) -> Fit:
-        return cast("Fit", self)
 
     # -- coefficients -----------------------------------------------------------------------------
 
@@ -368,63 +364,6 @@ class InferenceMethods:
             c = means.trends(design, trend, names, weights, at)
         return means.compare(m, c, len(conditions), method, adjust)
 
-    # -- intervals --------------------------------------------------------------------------------
-
-    def confint(
-        self,
-        method: str = "wald",
-        level: float = 0.95,
-        parm: Any = None,
-        *,
-        criterion: str | None = None,
-        n: int = 1000,
-        seed: int = 0,
-        kind: str = "percentile",
-        df: str | None = None,
-    ) -> pd.DataFrame:
-        """Confidence intervals of variance parameters and fixed effects.
-
-        Parameters
-        ----------
-        method : {"wald", "profile", "bootstrap"}
-            Wald: t intervals of β, variance parameters on the log or Fisher-z scale (NaN where the
-            fit is singular). Profile likelihood: right at boundaries, an SD's interval may begin at
-            0. Parametric bootstrap.
-        level : float
-        parm : str or list of str, optional
-            Parameters, by name; "beta_" or "theta_" for all fixed effects or all variance
-            parameters. All by default.
-        criterion : {"ML", "REML"}, optional
-            Profiled for variance parameters; default: that of the fit. Fixed effects are always
-            profiled by ML, as REML integrates them out; ``attrs["note"]`` says so.
-        n, seed, kind
-            Of the bootstrap; kind "percentile" or "studentized".
-        df : str, optional
-            Degrees of freedom of Wald intervals of β.
-
-        Returns
-        -------
-        DataFrame
-            ``estimate low high`` under lme4's names: ``sd_(Intercept)|Subject``,
-            ``cor_Days.(Intercept)|Subject``, ``sigma``, then the fixed effects. Estimates are those
-            of the fit, whatever the criterion.
-
-        Notes
-        -----
-        A limit of a profile costs about ten fits of the other parameters, with a Hessian by
-        automatic differentiation: not for dense cores of many hundred columns.
-
-        Examples
-        --------
-        >>> import lmmjax as lmm
-        >>> model = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff"))
-        >>> model.fit(method="ML").confint("profile", parm="sigma").round(2).iloc[0].tolist()
-        [49.51, 38.23, 67.66]
-        """
-        from lmmjax.inference.intervals import confint
-
-        return confint(self._fit, method, level, parm, criterion, n, seed, kind, df)
-
     # -- variances --------------------------------------------------------------------------------
 
     def variance_tests(self) -> pd.DataFrame:
@@ -479,54 +418,6 @@ class InferenceMethods:
         between = sum(random.values())
         both = (between / (between + residual), between / (fixed + between + residual))
         return pd.Series(both, index=["adjusted", "unadjusted"], name="icc")
-
-    def ranova(self, method: str = "chi2", *, n: int | None = None, seed: int = 0) -> pd.DataFrame:
-        """Likelihood-ratio tests of the random terms, each dropped in turn.
-
-        Parameters
-        ----------
-        method : {"chi2", "mixture", "bootstrap", "exact"}
-            Null distribution, see :func:`lmmjax.lrt`; chi2 is conservative (as lmerTest).
-        n, seed
-            Of simulated null distributions.
-
-        Returns
-        -------
-        DataFrame
-            Index ``<none>`` (the fit), then ``(1 | g)`` for terms that are dropped and
-            ``x in (x | g)`` for those that lose a variable; ``n_params loglik aic statistic df
-            p_value``.
-
-        Examples
-        --------
-        >>> import lmmjax as lmm
-        >>> model = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff"))
-        >>> model.fit().ranova("mixture")["p_value"].round(4).tolist()
-        [nan, 0.0058]
-        """
-        from lmmjax.inference.ranova import ranova
-
-        return ranova(self._fit, method, n, seed)
-
-    def caic(self) -> pd.Series:
-        """Conditional AIC: ``caic loglik df``, for questions about these very groups.
-
-        ``loglik`` is that of y given β̂, b̂ and σ̂; ``df`` = 1 + tr(∂ŷ/∂y), the estimation of θ
-        included (Greven and Kneib 2010), also for singular fits.
-
-        Notes
-        -----
-        cAIC4 1.0 halves one of the terms, so its df differ somewhat.
-
-        Examples
-        --------
-        >>> import lmmjax as lmm
-        >>> lmm.Model("Yield ~ 1", lmm.load_dataset("Dyestuff")).fit().caic()["df"].item()
-        2.0
-        """
-        from lmmjax.inference.conditional import caic
-
-        return caic(self._fit)
 
     # -- what the methods share -------------------------------------------------------------------
 

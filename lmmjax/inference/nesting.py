@@ -41,6 +41,12 @@ class Grouping(NamedTuple):
     C: np.ndarray  # (S_big, S_small)
 
 
+def label(fit: Fit) -> str:
+    """Formula and residual structure, for tables."""
+    residual = fit.model.residual
+    return f"{fit.model.formula}, {residual}" if residual else fit.model.formula
+
+
 def check_same_data(fits: Any) -> None:
     """Refuse fits of different rows, responses, weights or offsets.
 

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from lmmjax.fit import Fit
 
 
+#: columns of Z in a dense core, above which Hessians by automatic differentiation take minutes
+MOST = 300
+
+
 class Held(NamedTuple):
     """What is held fixed, as arrays; w = (n_theta + 1,) with log σ, unless fixed, last."""
 
@@ -298,6 +302,12 @@ def _check(fit: Fit) -> None:
             "profile likelihoods are for independent residuals; found a residual structure. Use "
             "method='wald', and residual_intervals()."
         )
+    d = fit.model._plan.layout.d
+    if d > MOST:
+        raise LmmError(
+            f"found {d} random effects in the dense core of crossed factors; profile likelihoods "
+            f"are made for at most {MOST}. Use method='wald' or 'bootstrap'."
+        )
     if not fit.converged:
         raise ComparisonError(
             f"the fit did not converge; expected an optimum to profile from. {fit.message}"
@@ -370,3 +380,20 @@ def _limit(profiler: Profiler, parameter: Parameter, top: float, sign: float) ->
 def _restart(warm: np.ndarray, start: np.ndarray) -> np.ndarray:
     """The last optimum, moved off exact symmetries towards the estimate."""
     return np.where(np.abs(warm) < 1e-3, 0.9 * warm + 0.1 * start, warm)
+
+
+@in_float64
+def curve(
+    profiler: Profiler, parameter: Parameter, level: float, points: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values across the interval of that level, and ζ = sign(v - v̂) √(excess of -2 log L)."""
+    values = np.linspace(*limits(profiler, parameter, level), points)
+    start, excess = parameter.start(), np.empty(points)
+    below = values < parameter.estimate
+    for side in (np.flatnonzero(below)[::-1], np.flatnonzero(~below)):
+        warm = start
+        for i in side:
+            found, warm = profiler.deviance(parameter, values[i], _restart(warm, start))
+            excess[i] = found - profiler.fit.deviance
+    zeta = np.sqrt(np.maximum(excess, 0.0))
+    return values, np.where(below, -zeta, zeta)

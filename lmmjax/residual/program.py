@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lmmjax import estimate, optimize
 from lmmjax import likelihood as lk
@@ -57,6 +58,18 @@ def optimise(
 def crossproducts(source: Source, phi: jax.Array) -> tuple[Gram, Rhs]:
     """Gram and Rhs at φ."""
     return source.gram(phi)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "method"))
+def log_sigma2_slope(layout: Layout, method: str, free: jax.Array, source: Source) -> jax.Array:
+    """Gradient of log σ̂²(θ, φ), (k,)."""
+
+    def log_sigma2(at: jax.Array) -> jax.Array:
+        k = layout.n_theta
+        red = lk.reduce(layout, at[:k], *source.gram(at[k:]))
+        return jnp.log(lk.profiled_sigma2(red, method))
+
+    return jax.jacfwd(log_sigma2)(free)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "method"))
