@@ -47,6 +47,9 @@ from lmmjax.gram import Gram, Layout, Rhs
 
 Derivatives = tuple[jax.Array, jax.Array, jax.Array]
 
+#: entries of a matrix whose products with the rows of a block are unrolled
+SMALL_PRODUCT = 100
+
 #: from this many columns of the core on, the optimiser uses the average information
 LARGE_CORE = 150
 
@@ -266,8 +269,11 @@ class Pieces(NamedTuple):
 def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) -> Pieces:
     """From the factorisation: with W = U⁻'Λ'(·), Z₁'V₁⁻¹B = B - W_A'W_B, no inverse formed."""
     red, d = lk.reduce(layout, theta, gram, rhs, units), layout.d
+    # written out once: left to itself, the compiler repeats the elimination for every use of it
+    red = jax.lax.optimization_barrier(red)
     f = red.factorised
     W_A = lk.forward_substitute(f.U[0], lk.scale_rows(f.lams[0], gram.own[0]))
+    W_A = jax.lax.optimization_barrier(W_A)
     W_B = jnp.concatenate([f.border[0], red.row.chain[0][:, None]], axis=1)
     B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
     a = gram.own[0] - lk.per_level(W_A, W_A)
@@ -287,12 +293,19 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
     T, T_core = fixed - P.apply(QK) if d else fixed, K[:, d:] - K[:, :d] @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
     lams = list(f.lams)
+    a, every_a, T = jax.lax.optimization_barrier((a, every_a, T))
     return Pieces(red, lams, a, every_a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
 
 
 def _left(A: jax.Array, x: jax.Array) -> jax.Array:
-    """A x for every row of the level's block: (k, m), (S, m, J) -> (S, k, J)."""
-    return jnp.stack([A @ rows for rows in x])
+    """A x for every row of the level's block: (k, m), (S, m, J) -> (S, k, J).
+
+    A small A is unrolled: one fused loop over the levels instead of S products.
+    """
+    if A.size > SMALL_PRODUCT:
+        return jnp.stack([A @ rows for rows in x])
+    rows = [sum(A[i, j] * x[:, j] for j in range(A.shape[1])) for i in range(A.shape[0])]
+    return jnp.stack(rows, axis=1)
 
 
 def _times(N: jax.Array, x: jax.Array) -> jax.Array:
@@ -435,6 +448,7 @@ def closed_form(
     C = ratio * jnp.outer(k.v, k.v)
     if reml:
         C = C.at[:p, :p].add(k.S_inv)
+    C = jax.lax.optimization_barrier(C)
     gamma = _gamma(layout, k, C)
     value, gradient = lk.deviance(k.red, method), _pair(gamma, E)
     if order < 2:
