@@ -49,6 +49,10 @@ def test_profile_equals_reference(name: str) -> None:
     low, high = numbers(expected["lower"]), numbers(expected["upper"])
     assert np.max(np.abs(got["low"] - low) / (high - low)) < 1e-6
     assert np.max(np.abs(got["high"] - high) / (high - low)) < 1e-6
+    variances = len(got) - len(fit(name).beta)  # estimates of β are the fit's own
+    np.testing.assert_allclose(
+        got["estimate"][:variances], expected["estimate_ML"][:variances], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_boundaries_are_limits() -> None:

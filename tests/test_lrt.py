@@ -46,7 +46,12 @@ def fits_of(ref: dict[str, Any]) -> list[lmm.Fit]:
 
 
 @pytest.mark.parametrize(
-    "name", ["lrt_cake_interaction", "lrt_sim_weights_group_by_month", "lrt_sleepstudy_days"]
+    "name",
+    [
+        "lrt_sleepstudy_days",
+        pytest.param("lrt_cake_interaction", marks=pytest.mark.slow),
+        pytest.param("lrt_sim_weights_group_by_month", marks=pytest.mark.slow),
+    ],
 )
 def test_chi_squared_equals_anova_of_lme4(name: str) -> None:
     ref = reference(name)
@@ -60,7 +65,15 @@ def test_chi_squared_equals_anova_of_lme4(name: str) -> None:
     assert result.mc_se == 0
 
 
-@pytest.mark.parametrize("name", WITHOUT)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vc_dyestuff",
+        "vc_pastes_batch_only",
+        pytest.param("vc_ergostool", marks=pytest.mark.slow),
+        pytest.param("vc_sim_schools", marks=pytest.mark.slow),
+    ],
+)
 def test_one_variance_equals_rlrsim(name: str) -> None:
     ref, expected = reference(name), reference(name)["expected"]
     (big,) = fits_of(ref)

@@ -176,8 +176,9 @@ def profile(fit: Fit, level: float, names: list[str], criterion: str | None) -> 
     """Profile-likelihood intervals; ``attrs`` tell the criterion of each kind of parameter."""
     from lmmjax.inference.profile import limits
 
-    known = dict(zip(parameter_names(fit), estimates(fit), strict=True))
     method, profiled = _profiled(fit, names, criterion)
+    known = dict(zip(parameter_names(fit), estimates(_by(fit, method)), strict=True))
+    known |= dict(zip(fit.model.design.x_names, fit._beta, strict=True))
     rows = [(known[p.name], *limits(profiler, p, level)) for profiler, p in profiled]
     frame = _frame(names, rows)
     frame.attrs["criterion"] = {"variance parameters": method, "fixed effects": "ML"}

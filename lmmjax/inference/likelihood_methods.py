@@ -56,7 +56,7 @@ class LikelihoodMethods:
         DataFrame
             ``estimate low high`` under lme4's names: ``sd_(Intercept)|Subject``,
             ``cor_Days.(Intercept)|Subject``, ``sigma``, then the fixed effects. Estimates are those
-            of the fit, whatever the criterion.
+            of the fit; with another ``criterion``, variance parameters are its optimum.
 
         Notes
         -----

@@ -32,6 +32,7 @@ from lmmjax.covariance import Unstructured
 from lmmjax.errors import ComparisonError, LmmError
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import in_float64
+from lmmjax.threads import one_blas_thread
 
 if TYPE_CHECKING:
     from lmmjax.fit import Fit
@@ -333,10 +334,9 @@ def limits(profiler: Profiler, parameter: Parameter, level: float) -> tuple[floa
         sd = profiler.component(name)
         if profiler.deviance(sd, 0.0, sd.start())[0] <= top:
             return parameter.low, parameter.high
-    return (
-        _limit(profiler, parameter, top, -1.0),
-        _limit(profiler, parameter, top, 1.0),
-    )
+    with one_blas_thread():  # thousands of small factorisations: threads only get in their way
+        low, high = (_limit(profiler, parameter, top, sign) for sign in (-1.0, 1.0))
+    return low, high
 
 
 def _limit(profiler: Profiler, parameter: Parameter, top: float, sign: float) -> float:
