@@ -84,7 +84,8 @@ def machine() -> list[str]:
         f"{memory:.0f} GB; {platform.system()} {platform.release()}; Python "
         f"{platform.python_version()}. Versions: {versions}; lmmjax on {ours}. Load average when "
         f"this page was written: {os.getloadavg()[1]:.1f} (above 1.5 the machine was shared: trust "
-        "processor times and ratios of neighbouring rows).",
+        "processor times and ratios of neighbouring rows). All figures are of a CPU: no "
+        "accelerator was at hand; that every compiled function lowers for CUDA is tested.",
         "",
         "*From frame* goes from formula and data frame to a result whose criterion has been read. "
         "*Built* refits what the library can prepare beforehand: a model object (lmmjax, "
