@@ -467,6 +467,56 @@ def _twin(z: np.ndarray, X: np.ndarray) -> int | None:
     return None
 
 
+class _FactorProducts(NamedTuple):
+    """Sums by level of one factor of the chain: its blocks of ``Gram`` and ``Rhs``."""
+
+    own: np.ndarray
+    up: tuple[np.ndarray, ...]
+    border: np.ndarray
+    rhs: np.ndarray
+
+
+def _factor_products(
+    f: Factor,
+    codes: np.ndarray,
+    z: np.ndarray,
+    above: list[np.ndarray],
+    core: list[tuple[np.ndarray, np.ndarray, int]],
+    left: int,
+    s: Standardised,
+    w: np.ndarray | None,
+) -> _FactorProducts:
+    """Products of one factor's columns with themselves, those above, the core, X and y.
+
+    ``left`` columns of the core stand in the border before X: all, or none in a sparse layout.
+    """
+    level_sum, p = LevelSums(codes, f.J), s.X.shape[1]
+    own, rhs = np.empty((f.S, f.S, f.J)), np.empty((f.S, f.J))
+    up = tuple(np.empty((f.S, other.shape[1], f.J)) for other in above)
+    border = np.empty((f.S, left + p, f.J))
+    twins = [_twin(column, s.X) for column in z.T]
+    for i, column in enumerate(z.T):
+        wz = _weighted(column, w)
+        unit = w is None and _is_one(column)
+        for j, x in enumerate(s.X.T):
+            twin, before = twins[i], twins.index(j) if j in twins else i
+            if twin is not None and before < i:  # the product of these two is known
+                border[i, left + j] = border[before, left + twin]
+            else:
+                border[i, left + j] = level_sum(x if unit else wz * x)
+        for t in range(i, f.S):
+            twin = twins[t]
+            product = level_sum(wz * z[:, t]) if twin is None else border[i, left + twin]
+            own[i, t] = own[t, i] = product
+        for block, other in zip(up, above, strict=True):
+            for t in range(other.shape[1]):
+                block[i, t] = level_sum(wz * other[:, t])
+        if left:
+            border[i, :left] = _core_columns(core, codes, f.J, wz)
+        rhs[i] = level_sum(s.y if unit else wz * s.y)
+    return _FactorProducts(own, up, border, rhs)
+
+
 def crossproducts(
     design: Any, the_plan: Plan, standardised: Standardised, parents: Any = None
 ) -> tuple[Gram, Rhs]:
@@ -499,38 +549,13 @@ def crossproducts(
     own, up, parent, border, rhs_border = [], [], [], [], []
     stacked = [_stack(standardised, f) for f in chain]
     for i, f in enumerate(chain):
-        level_sum = LevelSums(codes[f.group], f.J)
-        own_i = np.empty((f.S, f.S, f.J))
-        border_i = np.empty((f.S, left + p, f.J))
-        rhs_i = np.empty((f.S, f.J))
-        up_i = [np.empty((f.S, g.S, f.J)) for g in chain[i + 1 :]]
-        twins = [_twin(z, X) for z in stacked[i].T]
-        for s, column in enumerate(stacked[i].T):
-            wz = _weighted(column, w)
-            unit = w is None and _is_one(column)
-            for j in range(p):
-                twin, before = twins[s], twins.index(j) if j in twins else s
-                if twin is not None and before < s:  # the product of these two is known
-                    border_i[s, left + j] = border_i[before, left + twin]
-                else:
-                    border_i[s, left + j] = level_sum(X[:, j] if unit else wz * X[:, j])
-            for t in range(s, f.S):
-                twin = twins[t]
-                if twin is None:
-                    own_i[s, t] = level_sum(wz * stacked[i][:, t])
-                else:
-                    own_i[s, t] = border_i[s, left + twin]
-                own_i[t, s] = own_i[s, t]
-            for block, z in zip(up_i, stacked[i + 1 :], strict=True):
-                for t in range(z.shape[1]):
-                    block[s, t] = level_sum(wz * z[:, t])
-            if left:
-                border_i[s, :left] = _core_columns(core, codes[f.group], f.J, wz)
-            rhs_i[s] = level_sum(y if unit else wz * y)
-        own.append(own_i)
-        up.append(tuple(up_i))
-        border.append(border_i)
-        rhs_border.append(rhs_i)
+        made = _factor_products(
+            f, codes[f.group], stacked[i], stacked[i + 1 :], core, left, standardised, w
+        )
+        own.append(made.own)
+        up.append(made.up)
+        border.append(made.border)
+        rhs_border.append(made.rhs)
         known = None if parents is None else parents[i]
         found = [_parents(codes[f.group], f.J, codes[g.group]) for g in chain[i + 1 :]]
         parent.append(tuple(found if known is None else known))

@@ -520,29 +520,24 @@ def _inverse_triangular(L: jax.Array, block: int) -> jax.Array:
     return jnp.block([[first, jnp.zeros((h, d - h), L.dtype)], [corner, last]])
 
 
-def ranef_cov(
-    layout: Layout, theta: jax.Array, gram: Gram, fixed_known: bool = True
-) -> tuple[jax.Array, ...]:
+def ranef_cov(layout: Layout, theta: jax.Array, gram: Gram) -> tuple[jax.Array, ...]:
     r"""Covariance of b - b̂ per level, in units of σ²: (S, S, J) per factor, chain first.
 
-    ``fixed_known=True`` conditions on β (lme4's conditional variances); False carries the
-    uncertainty of β as well (Henderson's prediction-error variance).
+    Given β and θ, as lme4's conditional variances.
 
     Notes
     -----
-    Since ∂ log|Λ'AΛ + I| / ∂A = Λ(Λ'AΛ + I)⁻¹Λ', the blocks are the gradient of the ML (or REML)
+    Since ∂ log|Λ'AΛ + I| / ∂A = Λ(Λ'AΛ + I)⁻¹Λ', the blocks are the gradient of the ML
     log-determinant in the cross-products: one reverse pass, no inverse is formed. In a sparse
     layout, whose core is large, by the inverse Q = Λ_c(core)⁻¹Λ_c' instead: its diagonal blocks,
     and G_i + G_iB_iQB_i'G_i for the chain.
     """
-    if layout.sparse and fixed_known:
+    if layout.sparse:
         return _sparse_ranef_cov(layout, theta, gram)
 
     def logdet(own: tuple[jax.Array, ...], core: jax.Array) -> jax.Array:
         moved = gram._replace(own=own, core=core)
-        f = factorise(layout, factors(layout, theta), moved)
-        log_X = jnp.log(jnp.diagonal(f.core)[layout.d :])
-        return f.logdet + (0.0 if fixed_known else 2 * jnp.sum(log_X))
+        return factorise(layout, factors(layout, theta), moved).logdet
 
     own, core = jax.grad(logdet, argnums=(0, 1))(gram.own, gram.core)
     blocks, at = [0.5 * (a + jnp.swapaxes(a, 0, 1)) for a in own], 0
