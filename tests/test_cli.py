@@ -15,12 +15,6 @@ SLOPE = "Reaction ~ Days + (Days | Subject)"
 DYESTUFF = ["Dyestuff", "Yield ~ 1 + (1 | Batch)"]
 
 
-@pytest.fixture(autouse=True)
-def no_cache(monkeypatch):
-    """The cache of compiled programs is a setting of the process: leave that of the tests alone."""
-    monkeypatch.setattr(cli, "use_cache", lambda: None)
-
-
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a call in this process."""
     try:

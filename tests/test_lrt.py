@@ -305,7 +305,6 @@ def test_print_tells_the_distribution_and_its_error() -> None:
 
 
 def test_command_line(capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cli, "use_cache", lambda: None)
     call = ["test", "Dyestuff", "Yield ~ 1", "Yield ~ 1 + (1 | Batch)", "--method", "mixture"]
     assert cli.main([*call, "--reml", "--json"]) == 0
     got = json.loads(capsys.readouterr().out)
