@@ -29,13 +29,9 @@ class Estimates(NamedTuple):
     r2: jax.Array
 
 
-def criterion(
-    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, sigma2: Any = None
-) -> jax.Array:
-    """-2 log-likelihood in standardised units, profiled over σ² unless given."""
-    if sigma2 is None:
-        return derivatives.profiled(layout, method, theta, gram, rhs)
-    return lk.deviance(lk.reduce(layout, theta, gram, rhs), method, sigma2)
+def criterion(layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs) -> jax.Array:
+    """-2 log-likelihood in standardised units, profiled over σ²; with its derivative rules."""
+    return derivatives.profiled(layout, method, theta, gram, rhs)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "method", "optimizer"))
