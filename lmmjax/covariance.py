@@ -38,6 +38,12 @@ def _lower_triangle(S: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
+def _diagonal_places(S: int) -> np.ndarray:
+    """Places of the diagonal in the lower triangle, column by column."""
+    return np.flatnonzero(np.equal(*_lower_triangle(S)))
+
+
+@functools.cache
 def _triangular_basis(S: int) -> np.ndarray:
     """One matrix per entry of the lower triangle, (S (S + 1) / 2, S, S)."""
     rows, columns = _lower_triangle(S)
@@ -69,6 +75,11 @@ class Covariance(abc.ABC):
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         """Parameters of the structure whose covariance is ``lam @ lam.T`` (signs made positive)."""
 
+    def pivot(self, theta: np.ndarray) -> float:
+        """Smallest diagonal element of the triangular factor, in size: 0 on the boundary."""
+        lower = np.linalg.qr(self.factor(theta).T, mode="r")
+        return float(np.min(np.abs(np.diag(lower))))
+
     @abc.abstractmethod
     def theta_names(self, names: tuple[str, ...]) -> list[str]:
         """One name per free parameter."""
@@ -94,6 +105,9 @@ class Unstructured(Covariance):
 
     def factor(self, theta: Array) -> Array:
         return _linear(theta, _triangular_basis(self.S))
+
+    def pivot(self, theta: np.ndarray) -> float:
+        return min(map(abs, theta[_diagonal_places(self.S)].tolist()))
 
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         # the triangular factor straight from lam (never from lam @ lam.T): no digits are squared

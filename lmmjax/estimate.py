@@ -17,6 +17,7 @@ from lmmjax import derivatives, optimize
 from lmmjax import likelihood as lk
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.optimize import Optimum
+from lmmjax.solution import pack
 from lmmjax.start import identity
 
 
@@ -56,6 +57,14 @@ def optimise(
     red = lk.reduce(layout, best.theta, gram, rhs)
     est = Estimates(lk.fixef(red), lk.unscaled_vcov(red), lk.profiled_sigma2(red, method), red.r2)
     return best._replace(value=lk.deviance(red, method)), est
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "method", "optimizer"))
+def solve(
+    layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array, optimizer: Any = "newton"
+) -> jax.Array:
+    """:func:`optimise` as one vector for :class:`lmmjax.solution.Solution`."""
+    return pack(*optimise(layout, method, gram, rhs, theta0, optimizer=optimizer))
 
 
 @functools.partial(jax.jit, static_argnames="layout")

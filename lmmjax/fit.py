@@ -1,5 +1,5 @@
 """The result of a fit: what was estimated, and questions to it. Nothing here knows the likelihood;
-every number is read off, or asked of, the compiled programs of estimate.py."""
+every number is read off, or asked of, the compiled programs of estimate.py when it is wanted."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from lmmjax.bootstrap import Bootstrap
     from lmmjax.model import Model
+    from lmmjax.solution import Solution
 
 
 class MarginalCov(NamedTuple):
@@ -67,22 +68,75 @@ class Fit(InferenceMethods):
     method: str
     df: str
     optimizer: str
-    theta: np.ndarray
-    sigma: float
-    loglik: float
     converged: bool
     singular: bool
-    message: str
-    n_evals: int
     seconds: float
-    gradient: np.ndarray = field(repr=False)
-    _theta_s: np.ndarray = field(repr=False)
-    _curvature_s: np.ndarray = field(repr=False)
-    _beta: np.ndarray = field(repr=False)
-    _unscaled_vcov: np.ndarray = field(repr=False)
-    information: str = "expected"  # of Kenward-Roger, by default
-    phi: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
-    _residual_sd: float = 1.0  # S of the row that σ refers to, in the units of the source
+    information: str  # of Kenward-Roger, by default
+    _solution: Solution = field(repr=False)
+
+    # -- what the compiled fit returned, in the units of the data -------------------------------
+
+    @property
+    def n_evals(self) -> int:
+        """Evaluations of the criterion."""
+        return self._solution.n_evals
+
+    @property
+    def gradient(self) -> np.ndarray:
+        """Gradient of the criterion where the optimiser saw it last, in standardised units."""
+        return self._solution.gradient
+
+    @property
+    def _theta_s(self) -> np.ndarray:
+        return self._solution.free[: self.model._plan.layout.n_theta]
+
+    @property
+    def phi(self) -> np.ndarray:
+        """Free parameters of the residual structure; :meth:`residual_params` reports them."""
+        return self._solution.free[self.model._plan.layout.n_theta :]
+
+    @cached_property
+    @in_float64
+    def _residual_sd(self) -> float:
+        """S of the row that σ refers to, in the units of the source; 1 for equal variances."""
+        if self.model.design.residual is None:
+            return 1.0
+        s = self.model.design.residual.structure
+        return float(s.variances.reference(jnp.asarray(self.phi[s.n_corr :])))
+
+    @cached_property
+    def theta(self) -> np.ndarray:
+        """Relative covariance parameters, terms in formula order, each column-major (lme4)."""
+        theta = self.model._theta_public(self._theta_s, self._residual_sd)
+        theta.setflags(write=False)
+        return theta
+
+    @cached_property
+    def sigma(self) -> float:
+        """Residual standard deviation (of a row of weight 1)."""
+        return self.model._units.scale * math.sqrt(self._solution.sigma2) * self._residual_sd
+
+    @cached_property
+    def loglik(self) -> float:
+        """(Restricted) log-likelihood."""
+        return -0.5 * (self._solution.value + self.model._units.constant(self.method))
+
+    @cached_property
+    def message(self) -> str:
+        """What the convergence checks found, in words."""
+        from lmmjax.fitting import message
+
+        return message(self)
+
+    @cached_property
+    def _beta(self) -> np.ndarray:
+        units = self.model._units
+        return units.beta0 + units.scale * units.A @ self._solution.beta
+
+    @cached_property
+    def _unscaled_vcov(self) -> np.ndarray:
+        A = self.model._units.A
+        return A @ self._solution.unscaled_vcov @ A.T / self._residual_sd**2
 
     # -- numbers ------------------------------------------------------------------------------
 
@@ -135,7 +189,7 @@ class Fit(InferenceMethods):
         """Exact Hessian in standardised units; for a large crossed core only now computed."""
         layout = self.model._plan.layout
         if self.model.is_structured or not is_approximate(layout):
-            return self._curvature_s
+            return self._solution.hessian
         the_gram, rhs = self.model._on_device
         with one_blas_thread():
             return np.asarray(estimate.hessian(layout, self.method, self._theta_s, the_gram, rhs))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import estimate
@@ -20,9 +17,9 @@ from lmmjax.optimize import (
     FLAT_STOP,
     SINGULAR_TOLERANCE,
     STATUS,
-    newton_decrement,
 )
 from lmmjax.precision import in_float64
+from lmmjax.solution import Solution
 from lmmjax.threads import SMALL, one_blas_thread
 
 if TYPE_CHECKING:
@@ -96,103 +93,96 @@ def fit_model(
     default = "satterthwaite" if uncertain else "residual"
     df = default if df is None else check_df(df, method)
     key, name = _optimizer_key(optimizer)
-    layout, units, p = model._plan.layout, model._units, model.design.p
-    theta0 = np.asarray(_start(model, start), model.dtype)
+    free0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
-    with one_blas_thread(layout.d + layout.p >= SMALL):
-        best, est = jax.tree.map(np.asarray, _optimise(model, method, theta0, key))
-    seconds = time.perf_counter() - began
-    theta_s, phi = np.split(np.asarray(best.theta, float), [layout.n_theta])
-    sd = _residual_sd(model, phi)
-    hessian = np.asarray(best.hessian, float)
-    on_boundary = boundary(model, theta_s)
-    converged, words = _judge(best, hessian, method, model.dtype, name)
+    solution = _solve(model, method, free0, key)
     fit = Fit(
         model=model,
         method=method,
         df=df,
         optimizer=name,
-        theta=_frozen(model._theta_public(theta_s, sd)),
-        sigma=units.scale * math.sqrt(float(est.sigma2)) * sd,
-        loglik=-0.5 * (float(best.value) + units.constant(method)),
-        converged=converged,
-        singular=bool(on_boundary),
-        message="; ".join([words, *on_boundary]),
-        n_evals=int(best.n_evals),
-        seconds=seconds,
-        gradient=_frozen(np.array(best.gradient, float)),
-        _theta_s=theta_s,
-        _curvature_s=hessian,
-        _beta=units.beta0 + units.scale * units.A @ np.asarray(est.beta, float)[:p],
-        _unscaled_vcov=units.A @ np.asarray(est.unscaled_vcov, float)[:p, :p] @ units.A.T / sd**2,
+        converged=solution.converged(model.dtype),
+        singular=_is_singular(model, solution),
+        seconds=time.perf_counter() - began,
         information=check_information(information),
-        phi=_frozen(phi),
-        _residual_sd=sd,
+        _solution=solution,
     )
-    if not converged:
+    if not fit.converged:
         warnings.warn(fit.message, ConvergenceWarning, stacklevel=4)
-    if on_boundary:
-        warnings.warn("singular fit: " + "; ".join(on_boundary), SingularFitWarning, stacklevel=4)
+    if fit.singular:
+        words = "; ".join(boundary(model, fit._theta_s))
+        warnings.warn("singular fit: " + words, SingularFitWarning, stacklevel=4)
     return fit
 
 
-def _optimise(model: Model, method: str, theta0: np.ndarray, key: Any) -> Any:
+def _solve(model: Model, method: str, free0: np.ndarray, key: Any) -> Solution:
     """The compiled fit: with residual parameters, or in the bucket of the model's shapes."""
-    if model.is_structured:
-        from lmmjax.residual import program
+    layout = model._plan.layout
+    with one_blas_thread(layout.d + layout.p >= SMALL):
+        if model.is_structured:
+            from lmmjax.residual import program
 
-        layout = model._plan.layout
-        return program.optimise(layout, method, model._source(), theta0, optimizer=key)
-    layout, the_gram, rhs = model._fitted_arrays[method]
-    return estimate.optimise(layout, method, the_gram, rhs, theta0, optimizer=key)
-
-
-def _residual_sd(model: Model, phi: np.ndarray) -> float:
-    """S of the row that σ refers to; 1 for equal variances."""
-    if model.design.residual is None:
-        return 1.0
-    s = model.design.residual.structure
-    return float(s.variances.reference(jnp.asarray(phi[s.n_corr :])))
+            values = program.solve(layout, method, model._source(), free0, optimizer=key)
+        else:
+            layout, the_gram, rhs = model._fitted_arrays[method]
+            values = estimate.solve(layout, method, the_gram, rhs, free0, optimizer=key)
+        packed = np.asarray(values, float)
+    packed.setflags(write=False)
+    return Solution(packed, len(free0), model.design.p, layout.p)
 
 
-def _frozen(values: np.ndarray) -> np.ndarray:
-    """The array, closed to writing: results are immutable."""
-    values.setflags(write=False)
-    return values
+def _is_singular(model: Model, solution: Solution) -> bool:
+    """Whether a relative factor is on the boundary."""
+    layout, at = model._plan.layout, 0
+    for structure in layout.structures:
+        if structure.pivot(solution.free[at : at + structure.n_theta]) < SINGULAR_TOLERANCE:
+            return True
+        at += structure.n_theta
+    return False
 
 
-def _judge(best: Any, hessian: np.ndarray, method: str, dtype: str, name: str) -> tuple[bool, str]:
-    """Convergence by what a Newton step still promises and by the curvature, in words."""
-    if len(hessian) == 0:
-        return True, "closed form"
-    status = int(best.status)
-    if not np.all(np.isfinite(hessian)) or not np.isfinite(float(best.value)):
-        return False, (
-            f"did not converge: {STATUS[status]}; check the data for columns of wildly different "
-            "size or a response that the model fits exactly"
+def message(fit: Fit) -> str:
+    """What the convergence checks found, and what is on the boundary, in words."""
+    words = _converged(fit) if fit.converged else _not_converged(fit)
+    return "; ".join([words, *(boundary(fit.model, fit._theta_s) if fit.singular else [])])
+
+
+def _checks(solution: Solution) -> str:
+    largest = float(np.max(np.abs(solution.gradient)))
+    return f"{solution.n_evals} evaluations, largest gradient {largest:.1g}"
+
+
+def _converged(fit: Fit) -> str:
+    solution = fit._solution
+    if solution.k == 0:
+        return "closed form"
+    if solution.status in (CONVERGED, FLAT_STOP):
+        return f"converged ({_checks(solution)})"
+    return f"converged to within {solution.promised:.1g} of the criterion ({_checks(solution)})"
+
+
+def _not_converged(fit: Fit) -> str:
+    solution = fit._solution
+    if not solution.finite:
+        return (
+            f"did not converge: {STATUS[solution.status]}; check the data for columns of wildly "
+            "different size or a response that the model fits exactly"
         )
-    gradient = np.asarray(best.gradient, float)
-    promised, lowest = newton_decrement(gradient, hessian)
-    tolerance = 1e-6 if dtype == "float64" else 1e-2
-    curved = lowest > -1e-6 * max(1.0, float(np.abs(hessian).max()))
-    largest = float(np.max(np.abs(gradient)))
-    checks = f"{best.n_evals} evaluations, largest gradient {largest:.1g}"
-    if promised < tolerance and curved and status in (CONVERGED, FLAT_STOP):
-        return True, f"converged ({checks})"
-    if promised < tolerance and curved:
-        return True, f"converged to within {promised:.1g} of the criterion ({checks})"
-    reason = STATUS[status] if not curved or status != CONVERGED else "the gradient is not zero"
-    if not curved:
+    stopped = not solution.curved or solution.status != CONVERGED
+    reason = STATUS[solution.status] if stopped else "the gradient is not zero"
+    if not solution.curved:
         reason += ", at a saddle point"
     remedy = (
-        "use another start=" if name == "newton" else "use optimizer='newton', or another start="
+        "use another start="
+        if fit.optimizer == "newton"
+        else "use optimizer='newton', or another start="
     )
-    if np.max(np.abs(np.asarray(best.theta))) > 1e4:
+    if np.max(np.abs(solution.free)) > 1e4:
         reason += ", the residual variance goes to 0"
         remedy = "the random effects reproduce the response: simplify them, or check for copies"
-    return False, (
-        f"did not converge: {reason} ({checks}; a Newton step promises {promised:.2g} less "
-        f"{method} criterion); {remedy}"
+    return (
+        f"did not converge: {reason} ({_checks(solution)}; a Newton step promises "
+        f"{solution.promised:.2g} less {fit.method} criterion); {remedy}"
     )
 
 

@@ -27,6 +27,10 @@ Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 #: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
 SINGULAR_TOLERANCE = 1e-4
 
+#: a step that promises a smaller decrease is the last: convergence is quadratic, so θ is then exact
+#: to about this many of its own standard errors
+CLOSE = 1e-9
+
 CONVERGED, MAX_ITERATIONS, NOT_FINITE, FLAT_STOP = 0, 1, 2, 3
 
 STATUS = {
@@ -41,7 +45,7 @@ class Optimum(NamedTuple):
     """Where the optimiser stopped, and the derivatives that it saw last.
 
     Newton's last step is taken without another evaluation: it is the one that promised a decrease
-    below rounding error.
+    below ``CLOSE`` or rounding error.
     """
 
     theta: jax.Array
@@ -58,11 +62,11 @@ def linear(f: Criterion, theta: jax.Array) -> Optimum:
     return Optimum(theta, f(theta), none.sum(0), none, jnp.asarray(1), jnp.asarray(CONVERGED))
 
 
-def newton_decrement(gradient: np.ndarray, hessian: np.ndarray) -> tuple[float, float]:
+def newton_decrement(gradient: jax.Array, hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
     """½ g'|H|⁻¹g, the decrease that a Newton step still promises, invariant to scaling of θ, and
     the lowest eigenvalue of H."""
-    e, Q = np.linalg.eigh(hessian)
-    return float(0.5 * np.sum((Q.T @ gradient) ** 2 / _floored(e))), float(e[0])
+    e, Q = jnp.linalg.eigh(hessian)
+    return 0.5 * jnp.sum((Q.T @ gradient) ** 2 / _floored(e)), e[0]
 
 
 def _floored(e: Any) -> Any:
@@ -109,17 +113,16 @@ class _State(NamedTuple):
     predicted: jax.Array
     radius: jax.Array
     n: jax.Array
-    close: jax.Array  # the next step promises less than rounding error
+    close: jax.Array  # the next step is the last
     lost: jax.Array
 
 
 def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> Optimum:
     """Trust-region Newton with exact derivatives; jit and vmap as you like.
 
-    Stops when the predicted decrease is below the rounding error of the criterion, and takes that
-    last step too (convergence is quadratic, so θ is then exact to about the root of machine
-    precision times its own standard error, squared). An approximate Hessian, such as the average
-    information, serves as well: convergence is then linear, at a rate that falls with the sample.
+    Stops when the predicted decrease is below ``CLOSE`` (or the rounding error of the criterion),
+    and takes that last step too. An approximate Hessian, such as the average information, serves as
+    well: convergence is then linear, at a rate that falls with the sample.
 
     Parameters
     ----------
@@ -155,7 +158,7 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
         theta, value = keep(at, s.theta), keep(value, s.value)
         gradient, hessian = keep(gradient, s.gradient), keep(hessian, s.hessian)
         step, predicted = _step(gradient, hessian, radius)
-        close = predicted <= 100 * eps * (1.0 + jnp.abs(value))
+        close = predicted <= jnp.maximum(CLOSE, 100 * eps * (1.0 + jnp.abs(value)))
         lost = (~ok & first) | (~close & (radius < 1e-3 * eps))
         return _State(
             theta, value, gradient, hessian, step, predicted, radius, s.n + 1, close, lost

@@ -1,35 +1,66 @@
-r"""Where the optimiser starts: variances by the method of moments, from the cross-products.
+r"""Where the optimiser starts: covariances by the method of moments, from the cross-products.
 
-MINQUE(0) (Rao 1970; Searle, Casella and McCulloch 1992, section 11.3): with P = I - X(X'X)⁻¹X' the
-quadratic forms y'PZ_kZ_k'Py have expectations that are linear in the variances,
+MINQUE(0) (Rao 1970; Searle, Casella and McCulloch 1992, section 11.3): with P = I - X(X'X)⁻¹X' and
+V = σ²I + Σ_l γ_l M_l, M_l = Z_aZ_b' (+ Z_bZ_a' for a covariance, a ≠ b), the quadratic forms have
+expectations that are linear in the parameters,
 
-    E |Z_k'Py|² = Σ_l σ_l² |Z_k'PZ_l|² + σ² tr(Z_k'PZ_k)
-    E y'Py      = Σ_l σ_l² tr(Z_l'PZ_l) + σ² (n - p)
+    E y'PM_kPy = Σ_l γ_l tr(PM_kPM_l) + σ² tr(PM_k)
+    E y'Py     = Σ_l γ_l tr(PM_l) + σ² (n - p)
 
-so one small linear system gives a variance for each column of Z. They are unbiased and far from
-efficient, which is all that a start needs; negative ones are lifted. O(size of the Gram).
+so one small linear system gives every variance, and every covariance of the unstructured terms. For
+balanced data that is the REML estimate itself; otherwise it is unbiased and inefficient, which is
+all that a start needs: what is not well inside the cone of covariances is moved there.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmmjax.covariance import Diagonal, Unstructured
+from lmmjax.covariance import Covariance, Unstructured
+from lmmjax.cross import Cross
 from lmmjax.gram import Gram, Layout, Rhs
 
 #: relative SDs of a start stay between these: away from the saddle at 0, and from infinity
 SMALLEST, LARGEST = 0.05, 20.0
 
+#: the lowest eigenvalue of a correlation matrix of a start
+ROUND = 0.05
 
-class _Column(NamedTuple):
-    """One column of Z over all levels: products with X (p, J) and y (J,), and its place."""
 
-    u: np.ndarray
-    y: np.ndarray
-    place: tuple[int, int]  # -1 and s for the chain; factor and s for the core
-    trace: float  # tr(Z'Z)
+class _Form(NamedTuple):
+    """One parameter: the covariance of columns s <= t of factor ``factor`` (chain first)."""
+
+    factor: int
+    s: int
+    t: int
+
+    @property
+    def orders(self) -> list[tuple[int, int]]:
+        return [(self.s, self.t)] if self.s == self.t else [(self.s, self.t), (self.t, self.s)]
+
+
+class _Factor(NamedTuple):
+    """What one grouping factor brings: S columns of Z over J levels."""
+
+    u: np.ndarray  # X'Z, (S, p, J)
+    trace: np.ndarray  # Σ over levels of Z'Z, (S, S)
+    place: int  # among the factors of the chain, or of the core
+    at: int  # first column in the core, -1 in the chain
+
+    @property
+    def S(self) -> int:
+        return self.u.shape[0]
+
+    @property
+    def J(self) -> int:
+        return self.u.shape[2]
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.at, self.at + self.S * self.J)
 
 
 def identity(layout: Layout) -> np.ndarray:
@@ -38,157 +69,213 @@ def identity(layout: Layout) -> np.ndarray:
 
 
 def moments(layout: Layout, gram: Gram, rhs: Rhs) -> np.ndarray:
-    """θ from MINQUE(0), in standardised units; shape (n_theta,).
+    """θ from MINQUE(0), in standardised units; shape (n_theta,). See :func:`moments_of_many`."""
+    one = Rhs(tuple(b[None] for b in rhs.border), rhs.core[None], np.asarray(rhs.yy)[None])
+    return moments_of_many(layout, gram, one)[0]
 
-    Chains of several factors start from the identity, as does everything if the moments fail.
+
+def moments_of_many(layout: Layout, gram: Gram, rhs: Rhs) -> np.ndarray:
+    """θ from MINQUE(0) for many responses on one design, in standardised units.
+
+    Where the design does not determine the moments, everything starts from the identity.
+
+    Parameters
+    ----------
+    rhs : Rhs
+        With a leading axis of m responses.
+
+    Returns
+    -------
+    ndarray, shape (m, n_theta)
+
+    Notes
+    -----
+    O(size of the Gram (S² + p²)) for the system, O(m q) for the responses.
     """
-    if len(layout.chain) != 1 or layout.n_theta == 0:
-        return identity(layout)
-    variances = _variances(layout, gram, rhs)
-    if variances is None:
-        return identity(layout)
-    sds = np.sqrt(np.clip(variances[:-1] / variances[-1], SMALLEST**2, LARGEST**2))
-    out: dict[int, np.ndarray] = {}
-    at = 0
-    for terms, _, _ in (*layout.chain, *layout.core):
+    out = np.tile(identity(layout), (len(rhs.yy), 1))
+    if layout.n_theta == 0:
+        return out
+    forms, values = _covariances(layout, gram, rhs)
+    if values is None:
+        return out
+    where = {form: values[:, i] for i, form in enumerate(forms)}
+    starts = np.cumsum([0, *(s.n_theta for s in layout.structures)])
+    for f, (terms, _, _) in enumerate((*layout.chain, *layout.core)):
+        at = 0
         for k in terms:
             structure = layout.structures[k]
-            out[k] = structure.from_factor(np.diag(sds[at : at + structure.S]))
+            D = np.zeros((len(out), structure.S, structure.S))
+            for s, t in itertools.combinations_with_replacement(range(structure.S), 2):
+                D[:, s, t] = D[:, t, s] = where.get(_Form(f, at + s, at + t), 0.0)
+            out[:, starts[k] : starts[k + 1]] = _inside(structure, D)
             at += structure.S
-    return np.concatenate([out[k] for k in range(len(out))])
+    return out
 
 
-def _variances(layout: Layout, gram: Gram, rhs: Rhs) -> np.ndarray | None:
-    """Variance of each column of Z, chain first, and of the residual; None where undetermined."""
+def _inside(structure: Covariance, D: np.ndarray) -> np.ndarray:
+    """θ of the nearest relative covariances well inside the cone: (m, S, S) -> (m, n_theta)."""
+    S = structure.S
+    D = np.nan_to_num(D, nan=1.0)
+    sd = np.sqrt(np.clip(np.einsum("mss->ms", D), SMALLEST**2, LARGEST**2))
+    if not isinstance(structure, Unstructured):
+        return np.stack([structure.from_factor(np.diag(x)) for x in sd])
+    eye = np.eye(S)
+    corr = np.clip(D / (sd[:, :, None] * sd[:, None]), -1.0, 1.0) * (1 - eye) + eye
+    lowest = np.linalg.eigvalsh(corr)[:, 0]
+    share = np.where(lowest < ROUND, (1 - ROUND) / (1 - np.minimum(lowest, ROUND)), 1.0)
+    root = np.linalg.cholesky(eye + share[:, None, None] * (corr - eye))
+    columns, rows = np.triu_indices(S)
+    return (sd[:, :, None] * root)[:, rows, columns]
+
+
+def _covariances(layout: Layout, gram: Gram, rhs: Rhs) -> tuple[list[_Form], np.ndarray | None]:
+    """The parameters, and their estimates relative to that of σ²: (m, parameters).
+
+    None where the design does not determine them.
+    """
     d = layout.d
     W = np.linalg.inv(gram.core[d:, d:])
-    columns = _columns(layout, gram, rhs)
-    K = len(columns)
-    system, right = _system(layout, gram, columns, W), np.empty(K + 1)
-    for i, a in enumerate(columns):
-        right[i] = np.sum((a.y - a.u.T @ (W @ rhs.core[d:])) ** 2)
-    right[K] = float(rhs.yy) - rhs.core[d:] @ W @ rhs.core[d:]
+    factors, forms = _factors(layout, gram), _forms(layout)
+    system = _system(layout, gram, factors, forms, W)
     if not np.all(np.isfinite(system)) or np.linalg.cond(system) > 1e12:
-        return None
-    variances = np.linalg.solve(system, right)
-    total = right[K] / system[K, K]
-    variances[K] = max(variances[K], 0.05 * total)
-    return variances
+        return forms, None
+    fixed = rhs.core[:, d:] @ W  # (m, p)
+    rest = []
+    for factor in factors:
+        if factor.at < 0:
+            y = rhs.border[factor.place]
+        else:
+            y = np.moveaxis(rhs.core[:, factor.columns].reshape(-1, factor.J, factor.S), 1, 2)
+        rest.append(y - np.tensordot(fixed, factor.u, (1, 1)))
+    right = np.empty((len(fixed), len(forms) + 1))
+    for i, (f, s, t) in enumerate(forms):
+        both = np.einsum("mj,mj->m", rest[f][:, s], rest[f][:, t])
+        right[:, i] = both if s == t else 2 * both
+    right[:, -1] = rhs.yy - np.einsum("mp,mp->m", fixed, rhs.core[:, d:])
+    values = np.linalg.solve(system, right.T).T
+    residual = np.maximum(values[:, -1], 0.05 * right[:, -1] / system[-1, -1])
+    with np.errstate(divide="ignore", invalid="ignore"):  # a constant response has no variances
+        return forms, values[:, :-1] / residual[:, None]
 
 
-def _system(layout: Layout, gram: Gram, columns: list[_Column], W: np.ndarray) -> np.ndarray:
-    """Expectations of the quadratic forms per unit of each variance, σ² last: (K + 1, K + 1)."""
-    K = len(columns)
+def _forms(layout: Layout) -> list[_Form]:
+    """Variances of every column, and covariances within unstructured terms."""
+    out = []
+    for f, (terms, _, _) in enumerate((*layout.chain, *layout.core)):
+        at = 0
+        for structure in (layout.structures[k] for k in terms):
+            pairs = itertools.combinations_with_replacement(range(structure.S), 2)
+            full = isinstance(structure, Unstructured)
+            out += [_Form(f, at + s, at + t) for s, t in pairs if full or s == t]
+            at += structure.S
+    return out
+
+
+def _factors(layout: Layout, gram: Gram) -> list[_Factor]:
+    """The factors of the chain, then the core's."""
+    d = layout.d
+    X_part = slice(0, None) if layout.sparse else slice(d, None)
+    out = [
+        _Factor(border[:, X_part], np.sum(own, axis=-1), i, -1)
+        for i, (border, own) in enumerate(zip(gram.border, gram.own, strict=True))
+    ]
+    at = 0
+    for place, (_, S, J) in enumerate(layout.core):
+        mine = slice(at, at + S * J)
+        u = gram.core[d:, mine].reshape(-1, J, S)
+        own = gram.core[mine, mine].reshape(J, S, J, S)
+        out.append(_Factor(np.transpose(u, (2, 0, 1)), np.einsum("jsjt->st", own), place, at))
+        at += S * J
+    return out
+
+
+# -------------------------------------------------------------------------------------------------
+# The system
+# -------------------------------------------------------------------------------------------------
+
+
+def _system(
+    layout: Layout, gram: Gram, factors: list[_Factor], forms: list[_Form], W: np.ndarray
+) -> np.ndarray:
+    """Expectations of the quadratic forms per unit of each parameter, σ² last: (K + 1, K + 1)."""
+    K = len(forms)
     system = np.empty((K + 1, K + 1))
-    weighted = [W @ (c.u @ c.u.T) for c in columns]
-    for i, a in enumerate(columns):
-        for j, b in enumerate(columns[: i + 1]):
-            squares, middle = _products(layout, gram, a, b)
-            overlap = np.sum(weighted[i] * weighted[j].T) - 2 * np.sum(W * middle.T)
-            system[i, j] = system[j, i] = squares + overlap
-        system[i, K] = system[K, i] = a.trace - np.trace(weighted[i])
+    traces = {
+        (f, g): _traces(layout, gram, factors[f], factors[g], W)
+        for f, g in itertools.combinations_with_replacement(range(len(factors)), 2)
+    }
+    for i, a in enumerate(forms):
+        for j, b in enumerate(forms[i:], i):
+            table = traces[a.factor, b.factor]
+            system[i, j] = system[j, i] = sum(
+                table[s, t, u, v] for s, t in a.orders for u, v in b.orders
+            )
+        factor = factors[a.factor]
+        overlap = np.sum((W @ factor.u[a.s]) * factor.u[a.t])
+        system[i, K] = system[K, i] = len(a.orders) * (factor.trace[a.s, a.t] - overlap)
     system[K, K] = float(gram.n) - layout.p
     return system
 
 
-def moments_of_many(layout: Layout, gram: Gram, rhs: Rhs) -> np.ndarray:
-    """:func:`moments` of many responses on one design, ``rhs`` with a leading axis: (m, n_theta).
+def _traces(layout: Layout, gram: Gram, f: _Factor, g: _Factor, W: np.ndarray) -> np.ndarray:
+    """tr(P Z_aZ_b' P Z_cZ_d') = <Z_b'PZ_c, Z_a'PZ_d>, a and b of f, c and d of g: (S, S, R, R).
 
-    Structures other than unstructured and diagonal start from the identity. O(m q).
+    With B_bc = Z_b'Z_c and H_ad = u_a'Wu_d it is <B_bc, B_ad> - <B_bc, H_ad> - <B_ad, H_bc> +
+    <H_bc, H_ad>.
     """
-    m, d = len(rhs.yy), layout.d
-    out = np.tile(identity(layout), (m, 1))
-    if len(layout.chain) != 1 or layout.n_theta == 0:
-        return out
-    W = np.linalg.inv(gram.core[d:, d:])
-    first = Rhs(tuple(b[0] for b in rhs.border), rhs.core[0], rhs.yy[0])
-    columns = _columns(layout, gram, first)
-    system = _system(layout, gram, columns, W)
-    if not np.all(np.isfinite(system)) or np.linalg.cond(system) > 1e12:
-        return out
-    fixed = rhs.core[:, d:] @ W  # (m, p)
-    right = np.empty((m, len(columns) + 1))
-    for i, c in enumerate(columns):
-        f, s = c.place
-        y = rhs.border[0][:, s] if f < 0 else rhs.core[:, _rows(layout, c)]
-        rest = y - fixed @ c.u
-        right[:, i] = np.einsum("mj,mj->m", rest, rest)
-    right[:, -1] = rhs.yy - np.einsum("mi,mi->m", fixed, rhs.core[:, d:])
-    variances = np.linalg.solve(system, right.T).T
-    residual = np.maximum(variances[:, -1], 0.05 * right[:, -1] / system[-1, -1])
-    ratio = np.nan_to_num(variances[:, :-1] / residual[:, None], nan=1.0)
-    sds = np.sqrt(np.clip(ratio, SMALLEST**2, LARGEST**2))
-    return _place(layout, sds, out)
+    if f.at >= 0:
+        shape = (f.J, f.S, g.J, g.S)
+        BB, BH = _dense(np.moveaxis(gram.core[f.columns, g.columns].reshape(shape), 1, 0), f, g, W)
+    elif g.at < 0:
+        BB, BH = _entries(*_chain_entries(gram, f.place, g.place), f, g, W)
+    elif gram.cross is None:
+        border = gram.border[f.place][:, g.columns].reshape(f.S, g.J, g.S, f.J)
+        BB, BH = _dense(np.moveaxis(border, 3, 1), f, g, W)
+    else:
+        BB, BH = _entries(*_cross_entries(gram.cross, g), f, g, W)
+    F, G = (W @ np.einsum("apj,bqj->abpq", x.u, x.u, optimize=True) for x in (f, g))
+    HH = np.einsum("bapq,dcqp->bcad", F, G, optimize=True)
+    return np.einsum("bcad->abcd", BB - BH - np.einsum("adbc->bcad", BH) + HH)
 
 
-def _place(layout: Layout, sds: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """SDs of the columns, chain first, into θ where they are parameters."""
-    starts = np.cumsum([0, *(s.n_theta for s in layout.structures)])
-    at = 0
-    for terms, _, _ in (*layout.chain, *layout.core):
-        for k in terms:
-            structure = layout.structures[k]
-            if isinstance(structure, Unstructured | Diagonal):
-                diagonal = starts[k] + np.flatnonzero(structure.start())
-                theta[:, diagonal] = sds[:, at : at + structure.S]
-            at += structure.S
-    return theta
+#: blocks by their non-zero entries: value (S, R, m), and the levels of f and g that meet (m,)
+_Entries = tuple[np.ndarray, np.ndarray | slice, np.ndarray | slice]
 
 
-def _columns(layout: Layout, gram: Gram, rhs: Rhs) -> list[_Column]:
-    d = layout.d
-    X_part = slice(0, None) if layout.sparse else slice(d, None)
-    out = []
-    for s in range(layout.chain[0][1]):
-        u = gram.border[0][s, X_part]
-        out.append(_Column(u, rhs.border[0][s], (-1, s), float(np.sum(gram.own[0][s, s]))))
-    for f, (at, S) in enumerate(_starts(layout)):
-        for s in range(S):
-            rows = at + s + S * np.arange(layout.core[f][2])
-            trace = float(np.sum(gram.core[rows, rows]))
-            out.append(_Column(gram.core[d:, rows], rhs.core[rows], (f, s), trace))
-    return out
+def _chain_entries(gram: Gram, i: int, k: int) -> _Entries:
+    """Levels meet themselves, or the level of the outer factor in which they lie."""
+    if i == k:
+        return gram.own[i], slice(None), slice(None)
+    return gram.up[i][k - i - 1], slice(None), gram.parent[i][k - i - 1]
 
 
-def _starts(layout: Layout) -> list[tuple[int, int]]:
-    """First column and columns per level of each factor of the core."""
-    ends = np.cumsum([0, *(S * J for _, S, J in layout.core)])
-    return [(int(a), S) for a, (_, S, _) in zip(ends[:-1], layout.core, strict=True)]
+def _cross_entries(cross: Cross, g: _Factor) -> _Entries:
+    """The lists of a sparse layout, sorted alike for every column of g."""
+    at = cross.column - g.at
+    mine = (at >= 0) & (at < g.S * g.J)
+    columns = [np.flatnonzero(mine & (at % g.S == c)) for c in range(g.S)]
+    value = np.stack([cross.value[:, entries] for entries in columns], axis=1)
+    return value, cross.level[columns[0]], at[columns[0]] // g.S
 
 
-def _products(layout: Layout, gram: Gram, a: _Column, b: _Column) -> tuple[float, np.ndarray]:
-    """|Z_a'Z_b|² and X'Z_a (Z_a'Z_b) Z_b'X."""
-    if a.place[0] == b.place[0] == -1:
-        diagonal = gram.own[0][a.place[1], b.place[1]]
-        return float(diagonal @ diagonal), (a.u * diagonal) @ b.u.T
-    rows = [_rows(layout, c) for c in (a, b)]
-    if -1 not in (a.place[0], b.place[0]):
-        block = gram.core[np.ix_(*rows)]
-        return float(np.sum(block**2)), a.u @ block @ b.u.T
-    squares, middle = _across(layout, gram, b, a, rows[0])  # the chain's columns come first
-    return squares, middle.T
+def _entries(
+    value: np.ndarray, level: Any, other: Any, f: _Factor, g: _Factor, W: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """<B_bc, B_ad> and <B_bc, H_ad> from the entries of B: (S, R, S, R) each."""
+    shape, B = (f.S, g.S, f.S, g.S), value.reshape(f.S * g.S, -1)
+    left, right = f.u[..., level], (W @ g.u)[..., other]
+    H = np.stack([np.sum(x * y, axis=0) for x in left for y in right])
+    return (B @ B.T).reshape(shape), (B @ H.T).reshape(shape)
 
 
-def _rows(layout: Layout, c: _Column) -> np.ndarray:
-    f, s = c.place
-    if f < 0:
-        return np.arange(0)
-    at, S = _starts(layout)[f]
-    return at + s + S * np.arange(layout.core[f][2])
-
-
-def _across(
-    layout: Layout, gram: Gram, chain: _Column, core: _Column, rows: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """:func:`_products` of a column of the chain with one of the core."""
-    s = chain.place[1]
-    if gram.cross is None:
-        block = gram.border[0][s, rows]  # (J_core, J)
-        return float(np.sum(block**2)), chain.u @ block.T @ core.u.T
-    position = np.full(layout.d, -1)
-    position[rows] = np.arange(len(rows))
-    column = position[gram.cross.column]
-    mine = column >= 0
-    value, level, column = gram.cross.value[s, mine], gram.cross.level[mine], column[mine]
-    moved = [np.bincount(column, weights=value * u[level], minlength=len(rows)) for u in chain.u]
-    return float(value @ value), np.array(moved).reshape(len(chain.u), -1) @ core.u.T
+def _dense(B: np.ndarray, f: _Factor, g: _Factor, W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same for dense blocks B (S, J, J', R): (S, R, S, R)."""
+    p = len(W)
+    BB, BH = np.empty((2, f.S, g.S, f.S, g.S))
+    left, right = f.u.reshape(-1, f.J), (W @ g.u).reshape(-1, g.J)
+    for b, c in itertools.product(range(f.S), range(g.S)):
+        block = B[b, :, :, c]
+        BB[b, c] = np.einsum("jk,ajkd->ad", block, B)
+        moved = (left @ block @ right.T).reshape(f.S, p, g.S, p)
+        BH[b, c] = np.einsum("apdp->ad", moved)
+    return BB, BH

@@ -225,7 +225,7 @@ def test_correlation_on_the_boundary_is_named() -> None:
 
 def test_a_fit_that_stopped_early_says_so(model: lmm.Model) -> None:
     with pytest.warns(lmm.ConvergenceWarning, match="did not converge"):
-        fit = model.fit(optimizer=optax.sgd(1e-9))
+        fit = model.fit(optimizer=optax.sgd(1e-9), start=[0.5, 0.1, 0.5])
     assert not fit.converged
     assert "NOT CONVERGED" in fit.summary()
     assert "optimizer='newton'" in fit.message

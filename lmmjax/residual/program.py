@@ -19,6 +19,7 @@ from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.optimize import Optimum
 from lmmjax.residual import closed
 from lmmjax.residual.source import Patterns, Source
+from lmmjax.solution import pack
 
 
 def criterion(layout: Layout, method: str, free: jax.Array, source: Source) -> jax.Array:
@@ -52,6 +53,14 @@ def optimise(
     sigma2 = lk.profiled_sigma2(red, method)
     est = estimate.Estimates(lk.fixef(red), lk.unscaled_vcov(red), sigma2, red.r2)
     return best._replace(value=lk.deviance(red, method)), est
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "method", "optimizer"))
+def solve(
+    layout: Layout, method: str, source: Source, free0: jax.Array, optimizer: Any = "newton"
+) -> jax.Array:
+    """:func:`optimise` as one vector for :class:`lmmjax.solution.Solution`."""
+    return pack(*optimise(layout, method, source, free0, optimizer=optimizer))
 
 
 @jax.jit
