@@ -180,6 +180,11 @@ def forward_substitute(U: jax.Array, rhs: jax.Array) -> jax.Array:
     return jnp.stack(x)
 
 
+def _scaled_inverse(U: jax.Array, lam: jax.Array) -> jax.Array:
+    """U'⁻¹Λ' by level: (S, S, J)."""
+    return forward_substitute(U, jnp.broadcast_to(lam.T[..., None], U.shape))
+
+
 def _backward(U: jax.Array, rhs: jax.Array) -> jax.Array:
     """Solve U x = rhs by level: (S, S, J), (S, J)."""
     S = U.shape[0]
@@ -269,8 +274,7 @@ def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
         borders.append(W)
     root = None
     if gram.cross is not None:
-        eye = jnp.broadcast_to(every[0].T[..., None], gram.own[0].shape)
-        root = forward_substitute(Us[0], eye)
+        root = _scaled_inverse(Us[0], every[0])
         blocks.core[0] = blocks.core[0] - _sparse_products(layout, gram, root, borders[0])
     schur = blocks.core[0]
     scaled = scale_core(layout, every[c:], scale_core(layout, every[c:], schur).T)
@@ -528,12 +532,16 @@ def ranef_cov(layout: Layout, theta: jax.Array, gram: Gram) -> tuple[jax.Array, 
     Notes
     -----
     Since ∂ log|Λ'AΛ + I| / ∂A = Λ(Λ'AΛ + I)⁻¹Λ', the blocks are the gradient of the ML
-    log-determinant in the cross-products: one reverse pass, no inverse is formed. In a sparse
-    layout, whose core is large, by the inverse Q = Λ_c(core)⁻¹Λ_c' instead: its diagonal blocks,
+    log-determinant in the cross-products: one reverse pass, no inverse is formed. One factor by
+    itself has Λ U⁻¹U⁻'Λ' in closed form, at half the compilation. In a sparse layout, whose core is large, by the inverse Q = Λ_c(core)⁻¹Λ_c' instead: its diagonal blocks,
     and G_i + G_iB_iQB_i'G_i for the chain.
     """
     if layout.sparse:
         return _sparse_ranef_cov(layout, theta, gram)
+    if layout.d == 0 and len(layout.chain) == 1:
+        f = factorise(layout, factors(layout, theta), gram)
+        root = _scaled_inverse(f.U[0], f.lams[0])
+        return (per_level(root, root),)
 
     def logdet(own: tuple[jax.Array, ...], core: jax.Array) -> jax.Array:
         moved = gram._replace(own=own, core=core)
