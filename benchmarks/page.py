@@ -182,8 +182,17 @@ def own(problems: Sequence[Problem]) -> list[str]:
         if "build" in r:
             compile_s = figure(r, "frame", "first") - figure(r, "frame")  # type: ignore[operator]
             numbers = [seconds(r["build"]), seconds(compile_s), seconds(figure(r, "built"))]
+            numbers.append(seconds(r.get("read")))
             rows.append([problem.title, *numbers, str(r["evaluations"]), seconds(r.get("tests"))])
-    head = ["problem", "build", "compile", "warm fit", "evaluations", "first Satterthwaite table"]
+    head = [
+        "problem",
+        "build",
+        "compile",
+        "warm fit",
+        "and β, σ, θ read",
+        "evaluations",
+        "first Satterthwaite table",
+    ]
     return [
         "## Inside lmmjax",
         "",

@@ -2,7 +2,7 @@
 
 import sys
 
-from lmmjax.cli import main
+from lmmjax.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -33,15 +33,29 @@ FREQUENTIST = {"ml": "ML", "reml": "REML"}
 BAYESIAN = ("nuts",)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+#: a fit of fewer rows takes less time than the compiler's optimisation of it
+FEW_ROWS = 100_000
+
+#: the compiler without optimisation; flags of the user's come after these and win
+LIGHT = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def program() -> int:
+    """Be the process ``lmmjax``: :func:`main`, with what may be set for a process of our own."""
+    return main(own_process=True)
+
+
+def main(argv: Sequence[str] | None = None, own_process: bool = False) -> int:
     """Run the command line and return the exit status.
 
     Parameters
     ----------
     argv : sequence of str, optional
         Arguments after the program's name; those of the process by default.
+    own_process : bool
+        Whether the process serves this command alone, so that the compiler's flags may be set.
     """
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(argv, argparse.Namespace(own_process=own_process))
     began = time.perf_counter()
     try:
         with _warnings_to_stderr() as heard:
@@ -159,6 +173,12 @@ def _load() -> None:
     use_cache()
 
 
+def _compile_lightly(model: Model) -> None:
+    """Spare the compiler its optimisation where the one fit of the process is a small one."""
+    if model.n_obs < FEW_ROWS:
+        os.environ["XLA_FLAGS"] = " ".join([LIGHT, os.environ.get("XLA_FLAGS", "")]).strip()
+
+
 def use_cache() -> None:
     """Keep compiled programs on disk; a cache of the user's is left alone."""
     import jax
@@ -257,6 +277,8 @@ def _with_factors(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 
 def _fit(options: argparse.Namespace, heard: list[type[Warning]]) -> int:
     model = _model(options)
+    if options.own_process:
+        _compile_lightly(model)
     _, products_s = _timed(lambda: model._prepared)
     fit, first_s = _timed(lambda: _the_fit(model, options))
     if options.json:

@@ -17,7 +17,7 @@ from lmmjax.derivatives import is_approximate
 from lmmjax.errors import DataError
 from lmmjax.gram import Gram, Rhs
 from lmmjax.inference.methods import InferenceMethods
-from lmmjax.precision import in_float64
+from lmmjax.precision import float64, in_float64
 from lmmjax.simulate import simulate
 from lmmjax.threads import one_blas_thread
 
@@ -96,13 +96,13 @@ class Fit(InferenceMethods):
         return self._solution.free[self.model._plan.layout.n_theta :]
 
     @cached_property
-    @in_float64
     def _residual_sd(self) -> float:
         """S of the row that σ refers to, in the units of the source; 1 for equal variances."""
         if self.model.design.residual is None:
             return 1.0
         s = self.model.design.residual.structure
-        return float(s.variances.reference(jnp.asarray(self.phi[s.n_corr :])))
+        with float64():
+            return float(s.variances.reference(jnp.asarray(self.phi[s.n_corr :])))
 
     @cached_property
     def theta(self) -> np.ndarray:
@@ -145,7 +145,7 @@ class Fit(InferenceMethods):
         """Fixed effects, indexed by R's coefficient names."""
         import pandas as pd
 
-        return pd.Series(self._beta, index=list(self.model.design.x_names), name="estimate")
+        return pd.Series(self._beta, index=self.model._x_index, name="estimate")
 
     @property
     def deviance(self) -> float:

@@ -321,6 +321,13 @@ class Model:
         arrays = ("_on_device", "_padded", "_fitted_arrays")
         return {k: v for k, v in self.__dict__.items() if k not in arrays}
 
+    @cached_property
+    def _x_index(self) -> pd.Index:
+        """Names of the fixed effects."""
+        import pandas as pd
+
+        return pd.Index(self.design.x_names, dtype=object)
+
     @property
     def _plan(self) -> gram.Plan:
         return self._prepared[0]

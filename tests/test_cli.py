@@ -1,8 +1,10 @@
 """The command line: output, JSON, exit status, bad input."""
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -253,3 +255,12 @@ def test_an_unwritable_cache_does_no_harm(capsys, monkeypatch, tmp_path):
     cli.use_cache()
     assert jax.config.jax_compilation_cache_dir == before
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows, light", [(180, True), (cli.FEW_ROWS, False)])
+def test_a_small_fit_spares_the_compiler_its_optimisation(rows, light, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+    cli._compile_lightly(SimpleNamespace(n_obs=rows))
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags[-1] == "--xla_backend_optimization_level=2"
+    assert (len(flags) == 3) == light
