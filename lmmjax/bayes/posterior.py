@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lmmjax import pointwise
 from lmmjax.bayes import draws as exact
 from lmmjax.bayes.priors import Priors
 from lmmjax.errors import DataError, LmmError, PriorError
@@ -67,6 +68,7 @@ class Posterior:
     seconds: float
     values: dict[str, np.ndarray] = field(repr=False)
     stats: dict[str, np.ndarray] = field(repr=False)
+    phi: np.ndarray = field(repr=False)  # free residual parameters (chains, draws, n_phi)
 
     @property
     def method(self) -> str:
@@ -321,8 +323,8 @@ class Posterior:
             raise LmmError(
                 f"log_likelihood(kind={kind!r}) is unknown; expected 'conditional' or 'marginal'."
             )
-        group, values = self._group_loglik()
-        return self._wrap(values, group, self._group(group)[1])
+        by = self._group_loglik()
+        return self._wrap(by.values, by.group, by.levels)
 
     def _wrap(self, values: np.ndarray, dim: str, labels: Any) -> DataArray:
         from xarray import DataArray
@@ -331,13 +333,19 @@ class Posterior:
         coords = {dim: np.asarray(labels)}
         return DataArray(shaped, coords, ("chain", "draw", dim), name="y")
 
+    @in_float64
     def _row_loglik(self) -> np.ndarray:
-        design = self.model.design
+        design, phi = self.model.design, self._phi()
         out = np.empty((self.chains * self.draws, design.n))
         for part in exact.slices(len(out), design.n):
-            sd = self._flat("sigma")[part, None] / np.sqrt(design.weights)
-            out[part] = exact.normal_logpdf(design.y, self._expected(part), sd)
+            residuals = design.y - self._expected(part)
+            sigma = self._flat("sigma")[part]
+            out[part] = pointwise.row_loglik(design, residuals, sigma, phi[part])
         return out
+
+    def _phi(self) -> np.ndarray:
+        """Draws of the free residual parameters, (chains * draws, n_phi)."""
+        return self.phi.reshape(self.chains * self.draws, -1)
 
     def _expected(self, part: slice) -> np.ndarray:
         """Xβ + offset + Zb of the training rows for a part of the draws."""
@@ -349,10 +357,9 @@ class Posterior:
         )
 
     @in_float64
-    def _group_loglik(self) -> tuple[str, np.ndarray]:
-        return exact.group_loglik(
-            self.model.design, self._flat("beta"), self._flat("sigma"), self._factors()
-        )
+    def _group_loglik(self) -> pointwise.ByGroup:
+        beta, sigma = self._flat("beta"), self._flat("sigma")
+        return pointwise.group_loglik(self.model.design, beta, sigma, self._factors(), self._phi())
 
     # -- how far to trust it ----------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from lmmjax.bayes.posterior import Posterior
 from lmmjax.bayes.priors import Priors, resolve
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError
 from lmmjax.model import Model
+from lmmjax.pointwise import batch_size
 from lmmjax.precision import in_float64
 
 METHODS = ("nuts", "auto")
@@ -100,6 +101,7 @@ def sample_model(
         seconds=time.perf_counter() - began,
         values=values,
         stats=stats,
+        phi=np.zeros((settings.chains, settings.draws, 0)),
     )
     if posterior.problems:
         warnings.warn(_advice(posterior), ConvergenceWarning, stacklevel=3)
@@ -156,7 +158,7 @@ def _run(
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), trail.z)
         n = settings.chains * settings.draws
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), n)
-        batch = exact.batch_size(spec.layout.q * (spec.layout.p + spec.layout.d + 4))
+        batch = batch_size(spec.layout.q * (spec.layout.p + spec.layout.d + 4))
         values = exact.complete(plain, data, sites, flat, keys, batch)
         out = {k: np.asarray(v, np.float64) for k, v in values.items()}
     out.setdefault("beta", np.empty((n, 0)))
