@@ -307,7 +307,7 @@ class Fit(InferenceMethods):
         References
         ----------
         Santos Nobre and da Motta Singer (2007). Residual analysis for linear mixed models.
-        Biometrical Journal 49, section 2. Pinheiro and Bates (2000), section 5.1.3.
+        Biometrical Journal 49.
 
         Examples
         --------
@@ -365,7 +365,7 @@ class Fit(InferenceMethods):
         References
         ----------
         Bürkner, Gabry and Vehtari (2021). Efficient leave-one-out cross-validation for Bayesian
-        non-factorized normal and Student-t models. Comput. Statist. 36, eqs 14 and 15.
+        non-factorized normal and Student-t models. Comput. Statist. 36.
 
         Examples
         --------

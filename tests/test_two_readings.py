@@ -40,7 +40,8 @@ class Case:
     """A model at given parameters, with Σ and V dense."""
 
     def __init__(self, random: str, residual: str | None = None) -> None:
-        d = data()
+        self.frame, self.residual = data(), residual
+        d = self.frame
         self.model = lmm.Model(f"y ~ x{random}", d, residual=residual, weights="w", offset="o")
         self.design = design = self.model.design
         rng = np.random.default_rng(7)

@@ -21,12 +21,16 @@ from lmmjax.bayes.numpyro_model import (
     Data,
     Sites,
     Spec,
+    Variances,
     body,
     gaussian_beta,
     reduction,
     variances_of,
 )
 from lmmjax.marginal import BATCH_NUMBERS
+
+#: name under which :func:`complete` hands back the free residual parameters
+FREE = "residual_free"
 
 #: each draw is completed once, so that compiling fast beats running fast
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -46,20 +50,23 @@ def complete(
     def one(draw: tuple[dict[str, Array], Array]) -> dict[str, Array]:
         position, key = draw
         values = constrain_fn(body, (spec, data, prior), {}, position, return_deterministic=True)
+        v = variances_of(spec, values)
         if spec.form == "marginal":
-            values |= _effects_given(spec, data, prior, values, key)
+            values |= _effects_given(spec, data, prior, values, v, key)
         keep = ("beta", "sigma", "sd_", "cor_", "ranef_")
-        return {k: v for k, v in values.items() if k.startswith(keep) and not k.endswith("_free")}
+        out = {k: x for k, x in values.items() if k.startswith(keep) and not k.endswith("_free")}
+        if spec.residual is not None:
+            out |= {k: values[k] for k in spec.residual.names} | {FREE: v.phi}
+        return out
 
     return jax.lax.map(one, (z, keys), batch_size=batch)
 
 
 def _effects_given(
-    spec: Spec, data: Data, prior: Sites, values: dict[str, Array], key: Array
+    spec: Spec, data: Data, prior: Sites, values: dict[str, Array], v: Variances, key: Array
 ) -> dict[str, Array]:
-    """An exact draw of β given (θ, σ) where it was integrated out, then of b given β."""
-    v = variances_of(spec, values)
-    red, sigma2 = reduction(spec, data, v)
+    """An exact draw of β given (θ, σ, φ) where it was integrated out, then of b given β."""
+    red, sigma2, gram = reduction(spec, data, v)
     key_beta, key_b = jax.random.split(key)
     M = data.scale * data.A
     if spec.integrate:
@@ -73,8 +80,7 @@ def _effects_given(
         jnp.sqrt(sigma2) * jax.random.normal(k, (S, J), beta_s.dtype)
         for k, (_, S, J) in zip(keys[:-1], every, strict=True)
     )
-    assert data.gram is not None, "the marginal form has cross-products"
-    b = lk.ranef(spec.layout, data.gram, red, beta_s, noise)
+    b = lk.ranef(spec.layout, gram, red, beta_s, noise)
     by_terms = {terms: effects for (terms, _, _), effects in zip(every, b, strict=True)}
     for g in spec.groups:
         B = data.scale * jax.scipy.linalg.block_diag(*[data.B[k] for k in g.terms])

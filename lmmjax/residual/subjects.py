@@ -71,7 +71,7 @@ class Subjects:
         r"""log p(e_i | e of the other rows of its subject), (n,).
 
         With K = R⁻¹/σ²: e_i given the others has precision K_ii and is (Ke)_i / K_ii off its mean
-        (Bürkner, Gabry and Vehtari 2021, Comput. Statist. 36, eqs 14 and 15).
+        (Bürkner, Gabry and Vehtari 2021, Comput. Statist. 36).
         """
         Ke = jax.grad(lambda e: 0.5 * self.square(phi, e)[0])(values)
         s2 = self.inner_sigma(phi, sigma) ** 2
@@ -100,3 +100,19 @@ def subjects(design: Any) -> Subjects:
     empty = np.zeros((design.n, 0))
     blocks = tuple(_block(r, empty, rows, mask.astype(float)) for rows, mask in groups)
     return Subjects(r.structure, blocks, tuple(rows for rows, _ in groups), design.weights)
+
+
+def errors(design: Any, sigma: np.ndarray, phi: np.ndarray, white: np.ndarray) -> np.ndarray:
+    """Errors of the rows by draw, (draws, n), from independent standard normal ones.
+
+    ``sigma`` (draws,), ``phi`` (draws, n_phi): one covariance a draw. In float64 only.
+    """
+    if design.residual is None:
+        return sigma[:, None] / np.sqrt(design.weights) * white
+    arrays = jax.tree.map(jnp.asarray, (subjects(design), phi, sigma, white))
+    return np.asarray(_errors(*arrays))
+
+
+@jax.jit
+def _errors(the_subjects: Subjects, phi: Array, sigma: Array, white: Array) -> Array:
+    return jax.lax.map(lambda d: the_subjects.colour(*d), (phi, sigma, white))
