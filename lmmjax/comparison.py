@@ -424,9 +424,11 @@ def component_label(group: str, term1: Any, term2: Any) -> str:
     --------
     >>> component_label("Subject", "(Intercept)", "Days")
     'cor (Intercept), Days | Subject'
-    >>> component_label("Residual", None, None)
-    'sigma'
+    >>> component_label("Residual", None, None), component_label("Residual", "phi", None)
+    ('sigma', 'phi')
     """
+    if group == "Residual" and isinstance(term1, str):
+        return term1
     if not isinstance(term1, str):
         return "sigma"
     if not isinstance(term2, str):
@@ -446,12 +448,22 @@ def _fixed(result: Result, level: float) -> pd.DataFrame:
 
 
 def _variance(result: Result, level: float) -> pd.DataFrame:
+    import pandas as pd
+
     if isinstance(result, Fit):
         table = result.varcorr().assign(sd=np.nan, low=np.nan, high=np.nan)
     else:
         table = result.varcorr(level=level)
     table = table.rename(columns={"sdcor": "estimate", "sd": "std_error"})
-    return table[[*COMPONENT, "estimate", "std_error", "low", "high"]]
+    table = table[[*COMPONENT, "estimate", "std_error", "low", "high"]]
+    return pd.concat([table, _residual(result, level)]) if result.model.is_structured else table
+
+
+def _residual(result: Result, level: float) -> pd.DataFrame:
+    """Residual parameters as components: Wald intervals on a transformed scale, or quantiles."""
+    frame = result.residual_intervals(level)[["estimate", "std_error", "low", "high"]]
+    frame = frame.rename_axis("term1").reset_index()
+    return frame.assign(group="Residual", term2=None)
 
 
 def _random(result: Result, group: str, level: float) -> pd.DataFrame:

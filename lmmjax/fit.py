@@ -29,6 +29,17 @@ if TYPE_CHECKING:
     from lmmjax.solution import Solution
 
 
+#: the two readings of the model: given the random effects, or with them integrated out
+LEVELS = ("conditional", "marginal")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise DataError(
+            f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, allowed))}."
+        )
+
+
 class MarginalCov(NamedTuple):
     """V_i of one subject and its correlation matrix, rows labelled as in the data."""
 
@@ -293,14 +304,22 @@ class Fit(InferenceMethods):
 
     # -- fitted values, residuals, predictions ----------------------------------------------------
 
-    def fitted(self) -> pd.Series:
-        """Conditional fitted values Xβ + offset + Zb on the caller's row labels."""
+    def fitted(self, level: str = "conditional") -> pd.Series:
+        """Fitted values on the caller's row labels.
+
+        Parameters
+        ----------
+        level : {"conditional", "marginal"}
+            Xβ + offset + Zb with the BLUPs, or Xβ + offset: the mean of y given b, or without.
+        """
         import pandas as pd
 
+        _check_choice("level", level, LEVELS)
         design = self.model.design
         values = design.X @ self._beta + design.offset
-        for term, b in zip(design.terms, self._term_effects(), strict=True):
-            values = values + np.einsum("is,is->i", term.z, b[term.codes])
+        if level == "conditional":
+            for term, b in zip(design.terms, self._term_effects(), strict=True):
+                values = values + np.einsum("is,is->i", term.z, b[term.codes])
         return pd.Series(values, index=design.rows, name="fitted")
 
     def _term_effects(self) -> list[np.ndarray]:
@@ -314,33 +333,115 @@ class Fit(InferenceMethods):
             at[term.group] = first + S
         return out
 
-    def residuals(self, kind: str = "response") -> pd.Series:
-        """Conditional residuals.
+    def residuals(self, kind: str = "response", level: str = "conditional") -> pd.Series:
+        r"""Residuals of the hierarchical or of the marginal model.
+
+            conditional  y - Xβ̂ - Zb̂  against Σ = σ²R;   marginal  y - Xβ̂  against V = ZDZ' + Σ
 
         Parameters
         ----------
         kind : {"response", "pearson", "normalized"}
-            y - ŷ; divided by the row's SD σ S/√w; that multiplied by the inverse of the lower
-            Cholesky factor of the subject's residual correlation, in row order (the same as Pearson
-            for independent errors).
+            The difference itself; divided by its row's SD, the root of the diagonal of Σ or V;
+            multiplied by the inverse of the lower Cholesky factor of Σ or V of its group, in row
+            order (uncorrelated, were the estimates the truth).
+        level : {"conditional", "marginal"}
+            Normalised marginal residuals go by independent groups of rows: levels of the outermost
+            factor, or all that crossed factors connect.
+
+        Raises
+        ------
+        DesignError
+            Normalised marginal residuals of more than 5,000 rows that are correlated with each
+            other.
+
+        Notes
+        -----
+        O(n), normalised ones O(Σ n_i³) over residual subjects or independent groups.
+
+        References
+        ----------
+        Santos Nobre and da Motta Singer (2007). Residual analysis for linear mixed models.
+        Biometrical Journal 49.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> fit = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff")).fit()
+        >>> float(fit.residuals("normalized", level="marginal").iloc[0])
+        0.269
         """
         import pandas as pd
 
-        if kind not in ("response", "pearson", "normalized"):
-            raise DataError(
-                f"residuals(kind={kind!r}) is unknown; expected 'response', 'pearson' or "
-                "'normalized'."
-            )
+        from lmmjax.marginal import marginal_sd, whiten
         from lmmjax.residual.covariance import normalise, relative_sd
 
-        design = self.model.design
-        values = design.y - self.fitted().to_numpy()
-        if kind != "response":
+        _check_choice("kind", kind, ("response", "pearson", "normalized"))
+        design, covs = self.model.design, self._term_covs()
+        values = design.y - self.fitted(level).to_numpy()
+        if kind == "normalized" and level == "marginal":
+            values = whiten(design, covs, self.sigma, self.phi, values)
+        elif kind != "response":
             sd = relative_sd(design.residual, self.phi, design.weights)
-            values = values / (self.sigma * sd)
-        if kind == "normalized":
-            values = normalise(design.residual, self.phi, values)
+            marginal = level == "marginal"
+            values = values / (
+                marginal_sd(design, covs, self.sigma, sd) if marginal else self.sigma * sd
+            )
+            if kind == "normalized":
+                values = normalise(design.residual, self.phi, values)
         return pd.Series(values, index=design.rows, name="residual")
+
+    @in_float64
+    def log_likelihood(self, kind: str = "conditional") -> pd.Series:
+        r"""Log-likelihood at the estimates, by row given the random effects or by group without.
+
+            conditional  log p(y_i | β̂, b̂, σ̂);   marginal  log N(y_g; X_g β̂, V_g)
+
+        With correlated errors the term of a row is that given the other rows of its residual
+        subject as well, log p(y_i | y_-i, β̂, b̂, σ̂), as leave-one-out wants it; such terms do not
+        add up to a joint density.
+
+        Parameters
+        ----------
+        kind : {"conditional", "marginal"}
+            As :meth:`lmmjax.bayes.posterior.Posterior.log_likelihood`. The marginal ones, one for
+            each level of the outermost grouping factor (or residual subject), add up to the
+            log-likelihood at the estimates: ``Fit.loglik`` of a fit by ML.
+
+        Raises
+        ------
+        DesignError
+            ``kind="marginal"`` without a grouping factor, or with crossed ones.
+
+        Notes
+        -----
+        O(n), by group O(J S³); O(Σ n_g³) with a residual structure.
+
+        References
+        ----------
+        Bürkner, Gabry and Vehtari (2021). Efficient leave-one-out cross-validation for Bayesian
+        non-factorized normal and Student-t models. Comput. Statist. 36.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> model = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff"))
+        >>> fit = model.fit(method="ML")
+        >>> float(fit.log_likelihood("marginal").sum() - fit.loglik)
+        0.0
+        """
+        import pandas as pd
+
+        from lmmjax import pointwise
+
+        _check_choice("kind", kind, LEVELS)
+        design, sigma, phi = self.model.design, np.array([self.sigma]), self.phi[None]
+        if kind == "conditional":
+            values = pointwise.row_loglik(design, self.residuals().to_numpy()[None], sigma, phi)
+            return pd.Series(values[0], index=design.rows, name="log_likelihood")
+        factors = [self.sigma * lam[None] for lam in self.model._factors(self.theta)]
+        by = pointwise.group_loglik(design, self._beta[None], sigma, factors, phi)
+        index = pd.Index(by.levels, name=by.group)
+        return pd.Series(by.values[0], index=index, name="log_likelihood")
 
     def predict(
         self,

@@ -491,8 +491,9 @@ class Model:
             Mean acceptance probability that the step size aims at; raise it against divergences.
         seed : int
         priors : {"default", "reml", "flat"} or dict
-            A dict maps ``"Days"``, ``"sd_Days|Subject"``, ``"cor_Subject"``, ``"sigma"`` ... to
-            NumPyro distributions in the units of the data.
+            A dict maps ``"Days"``, ``"sd_Days|Subject"``, ``"cor_Subject"``, ``"sigma"`` and the
+            names of residual parameters (``"phi"``, ``"sd_ratio[b]"`` ...; see
+            :mod:`lmmjax.bayes.residual`) to NumPyro distributions in the units of the data.
         progress : bool
             Show a progress bar.
 

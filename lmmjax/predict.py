@@ -13,6 +13,7 @@ from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
     from lmmjax.fit import Fit
+    from lmmjax.model import Model
     from lmmjax.residual.new import Known
 
 #: rows per compiled call of the prediction variance: bounds its memory
@@ -36,7 +37,7 @@ def predict(
     if kind != "population" and new_levels == "raise":
         _refuse_new_levels(fit, new)
     mean = new.X @ fit._beta + new.offset
-    known = _known(fit, newdata, kind)
+    known = _known(fit.model, newdata, kind, fit.phi)
     if kind != "population":
         for (z, codes, _), b in zip(new.terms, fit._term_effects(), strict=True):
             seen = codes >= 0
@@ -46,7 +47,8 @@ def predict(
         mean += np.array([k.weights @ residuals[k.rows] for k in known])
     if interval is None:
         return pd.Series(mean, index=new.rows, name="prediction")
-    se = np.sqrt(_variance(fit, new, kind, interval, known, _residual_sd(fit, newdata)))
+    sd = _residual_sd(fit.model, newdata, fit.phi)
+    se = np.sqrt(_variance(fit, new, kind, interval, known, sd))
     half = _quantile(fit, check_level(level)) * se
     columns = {"estimate": mean, "std_error": se, "low": mean - half, "high": mean + half}
     return pd.DataFrame(columns, index=new.rows)
@@ -88,11 +90,11 @@ def _quantile(fit: Fit, level: float) -> float:
     return float(stats.t.ppf(0.5 + level / 2, df))
 
 
-def _known(fit: Fit, newdata: Any, kind: str) -> list[Known]:
+def _known(model: Model, newdata: Any, kind: str, phi: np.ndarray) -> list[Known]:
     """What the subjects' rows tell of the residuals of new rows, for ``kind="next"``."""
     if kind != "next":
         return []
-    if not fit.model.is_structured or newdata is None:
+    if not model.is_structured or newdata is None:
         raise DataError(
             "kind='next' predicts new rows from the correlation of residuals; expected newdata and "
             "a model with a residual structure such as residual='ar1(time | id)'. Use "
@@ -100,20 +102,20 @@ def _known(fit: Fit, newdata: Any, kind: str) -> list[Known]:
         )
     from lmmjax.residual.new import encode, known_residuals
 
-    return known_residuals(fit, encode(fit, newdata))
+    return known_residuals(model.design, encode(model, newdata), phi)
 
 
-def _residual_sd(fit: Fit, newdata: Any) -> np.ndarray | float:
-    """Residual SD of each row relative to σ; new rows have weight 1."""
-    if not fit.model.is_structured:
+def _residual_sd(model: Model, newdata: Any, phi: np.ndarray) -> np.ndarray | float:
+    """Residual SD of each row relative to σ; new rows have weight 1. ``phi`` (..., n_phi)."""
+    residual = model.design.residual
+    if residual is None:
         return 1.0
     from lmmjax.residual.covariance import relative_sd
     from lmmjax.residual.new import encode
 
     if newdata is None:
-        design = fit.model.design
-        return relative_sd(design.residual, fit.phi, np.ones(design.n))
-    return encode(fit, newdata).sd
+        return relative_sd(residual, phi, np.ones(model.n_obs))
+    return encode(model, newdata).sd(residual.structure, phi)
 
 
 def _variance(

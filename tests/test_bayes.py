@@ -556,14 +556,15 @@ def test_log_likelihoods(sleep, posterior):
 
 
 def test_marginal_log_likelihood_of_nested_groups():
-    from lmmjax.bayes.draws import group_loglik
+    from lmmjax.pointwise import group_loglik
 
     model = small_model(NESTED)
     _, D = covariance_values(model, np.random.default_rng(4))
     beta = np.array([95.0, 0.003])
     factors = [np.linalg.cholesky(d)[None] for d in D]
     with lmm.float64():
-        name, found = group_loglik(model.design, beta[None], np.array([3.1]), factors)
+        none = np.zeros((1, 0))
+        name, _, found = group_loglik(model.design, beta[None], np.array([3.1]), factors, none)
     y, X, Z, G, R = dense(model, D, 3.1)
     V = Z @ G @ Z.T + np.diag(R)
     assert name == "a"
@@ -573,7 +574,7 @@ def test_marginal_log_likelihood_of_nested_groups():
         expected = stats.multivariate_normal.logpdf(y[at], X[at] @ beta, V[np.ix_(at, at)])
         assert found[0, j] == pytest.approx(expected, rel=1e-9)
     with pytest.raises(DesignError, match="crossed"):
-        group_loglik(small_model(CROSSED).design, beta[None], np.array([3.1]), factors)
+        group_loglik(small_model(CROSSED).design, beta[None], np.array([3.1]), factors, none)
 
 
 def test_predictions(sleep, posterior):

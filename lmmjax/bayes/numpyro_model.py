@@ -13,9 +13,16 @@ r"""The model as NumPyro functions: one posterior, three parametrisations.
     ranef_<group>    (J, S)      b; sampled (centered) or deterministic (noncentered)
     y                (n,)        observed                                    (not marginal)
 
+With a residual structure ε ~ N(0, σ²R(φ)), and three more kinds of site:
+
+    residual         (k,)        residual parameters that have a scalar prior (residual.py)
+    chol_residual    (T, T)      Cholesky factor of the correlation matrix of un and symm
+    phi, range ...   ()          deterministic: the residual parameters as reported, by name
+
 ``marginal`` integrates b out, and β where its priors are normal or flat, through the one
 factorisation of likelihood.py: a gradient costs nothing in n. ``noncentered`` and ``centered`` go
-by rows. All unconstrained coordinates fit the data's units (charts.py).
+by rows, the errors of a subject whitened (subjects.py). All unconstrained coordinates fit the
+data's units (charts.py).
 """
 
 from __future__ import annotations
@@ -33,11 +40,14 @@ import numpyro.distributions as dist
 from jax import Array
 
 from lmmjax import likelihood as lk
+from lmmjax.bayes import residual
 from lmmjax.bayes.charts import Affine, Charted, coefficients, positive, positive_chart
 from lmmjax.bayes.priors import Priors, is_flat, resolve, sd_keys
 from lmmjax.errors import LmmError
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import require_float64
+from lmmjax.residual.structures import Structure
+from lmmjax.residual.subjects import subjects
 
 if TYPE_CHECKING:
     from lmmjax.model import Model
@@ -98,6 +108,9 @@ class Spec:
     groups: tuple[Group, ...]  # formula order
     form: str
     integrate: bool  # β integrated out
+    residual: Structure | None = None
+    fills: tuple[bool, ...] = ()  # residual priors that reach over the whole range
+    typical_sigma: bool = False  # prior of σ on a row of average log SD
 
     def anonymous(self) -> Spec:
         """The same with numbers for group names, so that models of equal shape share code."""
@@ -112,6 +125,8 @@ class Sites(NamedTuple):
     sd: tuple[tuple[Any, ...], ...]  # per group, per free SD
     concentration: tuple[tuple[float, ...], ...]  # per group, per term
     sigma: Any
+    residual: tuple[Any, ...] = ()  # residual parameters with a scalar prior
+    residual_concentration: float = 1.0  # of their correlation matrix
 
 
 class Data(NamedTuple):
@@ -126,6 +141,7 @@ class Data(NamedTuple):
     gram: Gram | None = None
     rhs: Rhs | None = None
     source: Any = None  # cross-products that depend on the residual parameters
+    subjects: Any = None  # rows of each residual subject
     X: Any = None
     y: Any = None
     offset: Any = None
@@ -139,15 +155,19 @@ def describe(model: Model, form: str, priors: Priors) -> Spec:
     if form not in FORMS:
         raise LmmError(f"form={form!r} is unknown; expected one of {', '.join(map(repr, FORMS))}.")
     design = model.design
-    if model.is_structured and form != "marginal":
-        raise LmmError(
-            f"found form={form!r} and the residual structure {model.residual}; expected "
-            "form='marginal', in which correlated residuals are exact."
-        )
     gaussian = all(
         is_flat(d) or type(d) is dist.Normal for d in (priors.entries[k] for k in design.x_names)
     )
-    return Spec(model._plan.layout, groups(design), form, form == "marginal" and gaussian)
+    spec = Spec(model._plan.layout, groups(design), form, form == "marginal" and gaussian)
+    if design.residual is None:
+        return spec
+    structure = design.residual.structure
+    fills = residual.fills_range(structure, _residual_priors(structure, priors))
+    return replace(spec, residual=structure, fills=fills, typical_sigma=priors.typical_sigma)
+
+
+def _residual_priors(structure: Structure, priors: Priors) -> tuple[Any, ...]:
+    return tuple(priors.entries[p.key] for p in residual.parameters(structure))
 
 
 def groups(design: Any) -> tuple[Group, ...]:
@@ -176,7 +196,13 @@ def prior_sites(model: Model, spec: Spec, priors: Priors) -> Sites:
         sds.append(tuple(entries[key] for t in terms for key in sd_keys(t)))
         concentrations.append(tuple(float(entries.get(f"cor_{t.group}", 1.0)) for t in terms))
     beta = tuple(entries[name] for name in design.x_names)
-    return Sites(beta, tuple(sds), tuple(concentrations), entries["sigma"])
+    sites = Sites(beta, tuple(sds), tuple(concentrations), entries["sigma"])
+    if spec.residual is None:
+        return sites
+    concentration = float(entries.get(residual.MATRIX, 1.0))
+    return sites._replace(
+        residual=_residual_priors(spec.residual, priors), residual_concentration=concentration
+    )
 
 
 def arrays(model: Model, spec: Spec) -> Data:
@@ -202,6 +228,7 @@ def arrays(model: Model, spec: Spec) -> Data:
             root_weight=np.sqrt(design.weights),
             z=tuple(z),
             codes=tuple(design.terms[g.terms[0]].codes for g in spec.groups),
+            subjects=subjects(design) if model.is_structured else None,
         )
     cast = lambda a: np.asarray(a, model.dtype) if np.asarray(a).dtype == np.float64 else a  # noqa: E731
     return jax.tree.map(cast, data)
@@ -273,25 +300,21 @@ class Variances(NamedTuple):
 
 
 def _variances(spec: Spec, data: Data, prior: Sites) -> Variances:
-    chart = positive_chart(prior.sigma, data.scale)
-    sigma = numpyro.sample("sigma", Charted(prior.sigma, chart))
+    phi, size = None, jnp.ones((), data.A.dtype)
+    sigma_prior = prior.sigma
+    if spec.residual is not None:
+        concentration = prior.residual_concentration
+        phi = residual.sample(spec.residual, spec.fills, prior.residual, concentration)
+        size = spec.residual.variances.reference(phi[spec.residual.n_corr :])
+        if spec.typical_sigma:
+            sigma_prior = residual.Scaled(prior.sigma, size)
+    chart = positive_chart(sigma_prior, data.scale * size)
+    sigma = numpyro.sample("sigma", Charted(sigma_prior, chart))
     sds, chols = [], []
     for i, g in enumerate(spec.groups):
         sds.append(_sample_sds(g, prior.sd[i], data.sd_size[i]))
         chols.append(_sample_correlations(g, prior.concentration[i]))
-    return Variances(sigma, term_factors(spec, sds, chols), _sample_residual(data))
-
-
-def _sample_residual(data: Data) -> Array | None:
-    """Free residual parameters, and the reported ones by name."""
-    if data.source is None:
-        return None
-    s = data.source.structure
-    scales = jnp.asarray(s.prior_scales(), data.A.dtype)
-    phi = numpyro.sample("residual_free", dist.Normal(jnp.zeros_like(scales), scales).to_event(1))
-    for name, value in zip(s.names, s.natural(phi), strict=True):
-        numpyro.deterministic(name, value)
-    return phi
+    return Variances(sigma, term_factors(spec, sds, chols), phi)
 
 
 def variances_of(spec: Spec, values: dict[str, Array]) -> Variances:
@@ -308,7 +331,8 @@ def variances_of(spec: Spec, values: dict[str, Array]) -> Variances:
             value = values[f"{how}_{g.name}_{k}"]
             by_term.append(cs_cholesky(value, S) if how == "rho" else value)
         chols.append(by_term)
-    return Variances(values["sigma"], term_factors(spec, sds, chols))
+    phi = None if spec.residual is None else residual.free(spec.residual, values)
+    return Variances(values["sigma"], term_factors(spec, sds, chols), phi)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -343,8 +367,8 @@ def gaussian_beta(data: Data, prior: Sites) -> GaussianBeta:
     return GaussianBeta(mean, precision, logdet, jnp.asarray(constant))
 
 
-def reduction(spec: Spec, data: Data, v: Variances) -> tuple[lk.Reduction, Array]:
-    """The factorisation at these variances, and σ² in the units of the Gram."""
+def reduction(spec: Spec, data: Data, v: Variances) -> tuple[lk.Reduction, Array, Gram]:
+    """The factorisation at these variances, σ² in the units of the Gram, and the Gram."""
     sigma, gram, rhs = v.sigma, data.gram, data.rhs
     if data.source is not None:
         s = data.source.structure
@@ -352,13 +376,13 @@ def reduction(spec: Spec, data: Data, v: Variances) -> tuple[lk.Reduction, Array
         sigma = sigma / s.variances.reference(v.phi[s.n_corr :])  # type: ignore[index]
     lams = [u @ lam / sigma for u, lam in zip(data.undo, v.factors, strict=True)]
     assert gram is not None and rhs is not None, "the marginal form has cross-products"
-    return lk.reduce_factors(spec.layout, lams, gram, rhs), (sigma / data.scale) ** 2
+    return lk.reduce_factors(spec.layout, lams, gram, rhs), (sigma / data.scale) ** 2, gram
 
 
 def marginal(spec: Spec, data: Data, prior: Sites) -> None:
     """Random effects integrated out; β too where ``spec.integrate``."""
     v = _variances(spec, data, prior)
-    red, sigma2 = reduction(spec, data, v)
+    red, sigma2, _ = reduction(spec, data, v)
     jacobian = -red.n * jnp.log(data.scale)
     if spec.integrate:
         b = gaussian_beta(data, prior)
@@ -375,7 +399,7 @@ def _beta_prior(data: Data, prior: Sites) -> Any:
 
 
 def hierarchy(spec: Spec, data: Data, prior: Sites, obs: bool = True) -> None:
-    """All effects sampled; rows independent given them. ``obs=False`` leaves y to be drawn."""
+    """All effects sampled, y given them row by row. ``obs=False`` leaves y to be drawn."""
     v = _variances(spec, data, prior)
     eta = data.offset
     if prior.beta:
@@ -383,8 +407,10 @@ def hierarchy(spec: Spec, data: Data, prior: Sites, obs: bool = True) -> None:
     for i, g in enumerate(spec.groups):
         b = _effects(spec, g, data, v)
         eta = eta + jnp.einsum("is,is->i", data.z[i], b[data.codes[i]])
-    likelihood = dist.Normal(eta, v.sigma / data.root_weight)
-    numpyro.sample("y", likelihood.to_event(1), obs=data.y if obs else None)
+    likelihood: Any = dist.Normal(eta, v.sigma / data.root_weight).to_event(1)
+    if v.phi is not None:
+        likelihood = residual.CorrelatedRows(eta, v.sigma, v.phi, data.subjects)
+    numpyro.sample("y", likelihood, obs=data.y if obs else None)
 
 
 def _effects(spec: Spec, g: Group, data: Data, v: Variances) -> Array:
@@ -406,6 +432,8 @@ def body(spec: Spec, data: Data, prior: Sites) -> None:
 def unconstrained_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     """Shapes of the sites in the sampler's coordinates."""
     out: dict[str, tuple[int, ...]] = {"sigma": ()}
+    if spec.residual is not None:
+        out |= residual.unconstrained_shapes(spec.residual)
     if spec.layout.p and not spec.integrate:
         out["beta"] = (spec.layout.p,)
     for g in spec.groups:
@@ -441,7 +469,10 @@ def build(model: Model, form: str = "marginal", priors: Any = "default") -> Call
 
     Notes
     -----
-    A gradient of the marginal form costs O(J S³ + (d + p)³), of the others O(n (p + S)).
+    A gradient of the marginal form costs O(J S³ + (d + p)³), of the others O(n (p + S)). With a
+    residual structure the cross-products are made anew each time (source.py), and the errors of
+    the others are whitened: O(n) for Markov chains and cs, a Cholesky factor per set of positions
+    otherwise.
     """
     if model.dtype == "float64":
         require_float64("Model.numpyro_model")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lmmjax import pointwise
 from lmmjax.bayes import draws as exact
 from lmmjax.bayes.priors import Priors
 from lmmjax.errors import DataError, LmmError, PriorError
@@ -50,10 +51,12 @@ class Posterior:
     seconds : float
         Wall-clock time of sampling, compilation included.
     values : dict of arrays (chains, draws, ...)
-        ``beta``, ``sigma``, ``sd_<group>``, ``cor_<group>``, ``ranef_<group>`` in the units of the
-        data.
+        ``beta``, ``sigma``, ``sd_<group>``, ``cor_<group>``, ``ranef_<group>`` and the residual
+        parameters by name, in the units of the data.
     stats : dict of arrays (chains, draws)
         What the sampler tells of each draw.
+    phi : array (chains, draws, n_phi)
+        Free residual parameters, as ``Fit.phi``.
     """
 
     model: Model
@@ -67,6 +70,7 @@ class Posterior:
     seconds: float
     values: dict[str, np.ndarray] = field(repr=False)
     stats: dict[str, np.ndarray] = field(repr=False)
+    phi: np.ndarray = field(repr=False)
 
     @property
     def method(self) -> str:
@@ -145,6 +149,28 @@ class Posterior:
         right = _summary(np.stack(sdcor, axis=-1), level)
         right.columns = ["sdcor", "sd", "low", "high", "ess", "rhat"]
         return pd.concat([left.assign(vcov=vcov), right], axis=1)
+
+    def residual_params(self) -> pd.Series:
+        """Posterior means of the residual parameters by name; see ``Fit.residual_params``."""
+        import pandas as pd
+
+        names = self.model.phi_names
+        values = [self.values[name].mean() for name in names]
+        return pd.Series(values, index=names, name="estimate", dtype=float)
+
+    def residual_intervals(self, level: float = 0.95) -> pd.DataFrame:
+        """Posterior means, SDs and quantile intervals of the residual parameters.
+
+        Returns
+        -------
+        DataFrame
+            Index ``Model.phi_names``, columns ``estimate std_error low high ess rhat``.
+        """
+        names = self.model.phi_names
+        draws = [self.values[name] for name in names]
+        table = _summary(np.stack([*draws, self.values["sigma"]], axis=-1)[..., :-1], level)
+        table.columns = ["estimate", "std_error", "low", "high", "ess", "rhat"]
+        return table.set_axis(names, axis="index")
 
     def _term_draws(self) -> list[tuple[Any, np.ndarray, np.ndarray]]:
         """Each term with its SDs (chains, draws, S) and correlations (chains, draws, S, S)."""
@@ -239,8 +265,8 @@ class Posterior:
 
         Estimates and standard errors are posterior means and SDs of the expected response;
         ``interval="prediction"`` is that of a new observation of weight 1, intervals are
-        quantiles. Effects of new levels, and those that a population prediction leaves out, are
-        drawn from N(0, D).
+        quantiles; ``kind="next"`` averages over the residual parameters too. Effects of new levels,
+        and those that a population prediction leaves out, are drawn from N(0, D).
 
         Returns
         -------
@@ -299,7 +325,10 @@ class Posterior:
         ----------
         kind : {"conditional", "marginal"}
             log p(y_i | β, b, σ) per row; or log p(y_g | β, θ, σ) per level of the outermost
-            grouping factor, its random effects integrated out.
+            grouping factor or residual subject, the random effects integrated out. With correlated
+            errors the term of a row is that given the other rows of its subject as well,
+            log p(y_i | y_-i, β, b, σ, φ), which is what leave-one-out by importance sampling needs
+            (such terms do not add up to a joint density).
 
         Returns
         -------
@@ -313,7 +342,13 @@ class Posterior:
 
         Notes
         -----
-        O(draws n (p + S)) time, memory for the result.
+        O(draws n (p + S)) time, memory for the result; by group with a residual structure
+        O(draws Σ n_g³).
+
+        References
+        ----------
+        Bürkner, Gabry and Vehtari (2021). Efficient leave-one-out cross-validation for Bayesian
+        non-factorized normal and Student-t models. Comput. Statist. 36.
         """
         if kind == "conditional":
             return self._wrap(self._row_loglik(), "obs", self.model.design.rows)
@@ -321,8 +356,8 @@ class Posterior:
             raise LmmError(
                 f"log_likelihood(kind={kind!r}) is unknown; expected 'conditional' or 'marginal'."
             )
-        group, values = self._group_loglik()
-        return self._wrap(values, group, self._group(group)[1])
+        by = self._group_loglik()
+        return self._wrap(by.values, by.group, by.levels)
 
     def _wrap(self, values: np.ndarray, dim: str, labels: Any) -> DataArray:
         from xarray import DataArray
@@ -331,28 +366,32 @@ class Posterior:
         coords = {dim: np.asarray(labels)}
         return DataArray(shaped, coords, ("chain", "draw", dim), name="y")
 
+    @in_float64
     def _row_loglik(self) -> np.ndarray:
-        design = self.model.design
+        design, phi = self.model.design, self._phi()
         out = np.empty((self.chains * self.draws, design.n))
         for part in exact.slices(len(out), design.n):
-            sd = self._flat("sigma")[part, None] / np.sqrt(design.weights)
-            out[part] = exact.normal_logpdf(design.y, self._expected(part), sd)
+            residuals = design.y - self._expected(part)
+            sigma = self._flat("sigma")[part]
+            out[part] = pointwise.row_loglik(design, residuals, sigma, phi[part])
         return out
 
-    def _expected(self, part: slice) -> np.ndarray:
-        """Xβ + offset + Zb of the training rows for a part of the draws."""
+    def _phi(self) -> np.ndarray:
+        """Draws of the free residual parameters, (chains * draws, n_phi)."""
+        return self.phi.reshape(self.chains * self.draws, -1)
+
+    def _expected(self, part: slice, rows: Any = slice(None)) -> np.ndarray:
+        """Xβ + offset + Zb of (some of) the training rows for a part of the draws."""
         design = self.model.design
         effects = [b[part] for b in self._term_effects()]
-        terms = [(t.z, t.codes) for t in design.terms]
-        return exact.linear_predictor(
-            design.X, design.offset, terms, self._flat("beta")[part], effects
-        )
+        terms = [(t.z[rows], t.codes[rows]) for t in design.terms]
+        beta = self._flat("beta")[part]
+        return exact.linear_predictor(design.X[rows], design.offset[rows], terms, beta, effects)
 
     @in_float64
-    def _group_loglik(self) -> tuple[str, np.ndarray]:
-        return exact.group_loglik(
-            self.model.design, self._flat("beta"), self._flat("sigma"), self._factors()
-        )
+    def _group_loglik(self) -> pointwise.ByGroup:
+        beta, sigma = self._flat("beta"), self._flat("sigma")
+        return pointwise.group_loglik(self.model.design, beta, sigma, self._factors(), self._phi())
 
     # -- how far to trust it ----------------------------------------------------------------------
 

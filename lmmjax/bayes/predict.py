@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from lmmjax.bayes.draws import linear_predictor, slices
-from lmmjax.predict import _check, _new_design, _refuse_new_levels
+from lmmjax.precision import in_float64
+from lmmjax.predict import _check, _known, _new_design, _refuse_new_levels, _residual_sd
 from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
@@ -31,11 +32,15 @@ def predict(
     _check(kind, interval, new_levels)
     # these two ask a result for its model only
     result = cast("Any", posterior)
-    new = _new_design(result, newdata, kind == "conditional" or interval == "prediction", offset)
-    if kind == "conditional" and new_levels == "raise":
+    new = _new_design(result, newdata, kind != "population" or interval == "prediction", offset)
+    if kind != "population" and new_levels == "raise":
         _refuse_new_levels(result, new)
+    shift, left = _residuals(posterior, newdata, kind, len(new.X), interval)
+    mean = _means(posterior, new, kind)
+    if shift is not None:
+        mean = mean + shift.mean(axis=0)
     if interval is None:
-        return pd.Series(_means(posterior, new, kind), index=new.rows, name="prediction")
+        return pd.Series(mean, index=new.rows, name="prediction")
     check_level(level)
     rng = np.random.default_rng(seed)
     effects = _effects(posterior, new, kind, interval, rng)
@@ -47,17 +52,37 @@ def predict(
         y = linear_predictor(
             new.X[rows], new.offset[rows], terms, posterior._flat("beta"), [b for *_, b in effects]
         )
+        if shift is not None:
+            y += shift[:, rows]
         if interval == "prediction":
-            y += posterior._flat("sigma")[:, None] * rng.standard_normal(y.shape)
+            sd = posterior._flat("sigma")[:, None] * (left if np.ndim(left) == 0 else left[:, rows])
+            y += sd * rng.standard_normal(y.shape)
         out[rows] = _summary(y, level)
     # the mean has no noise from drawing what is not conditioned on
-    out[:, 0] = _means(posterior, new, kind)
+    out[:, 0] = mean
     return pd.DataFrame(out, index=new.rows, columns=["estimate", "std_error", "low", "high"])
 
 
+@in_float64
+def _residuals(
+    posterior: Posterior, newdata: Any, kind: str, m: int, interval: str | None
+) -> tuple[np.ndarray | None, Any]:
+    """By draw: the mean of the new rows' residuals, if it is known, and their SDs over σ."""
+    model, phi = posterior.model, posterior._phi()
+    known = _known(model, newdata, kind, phi)
+    if not known:
+        return None, _residual_sd(model, newdata, phi) if interval == "prediction" else 1.0
+    shift, left = np.empty((2, len(phi), m))
+    for i, k in enumerate(known):
+        residuals = model.design.y[k.rows] - posterior._expected(slice(None), k.rows)
+        shift[:, i] = np.sum(k.weights * residuals, axis=1)
+        left[:, i] = np.sqrt(k.variance)
+    return shift, left
+
+
 def _means(posterior: Posterior, new: NewDesign, kind: str) -> np.ndarray:
-    """Posterior means of the expected response: linear in β and b, so their means suffice."""
-    known = zip(new.terms, posterior._term_effects(), strict=False) if kind == "conditional" else ()
+    """Posterior means of Xβ + Zb: linear in β and b, so their means suffice."""
+    known = zip(new.terms, posterior._term_effects(), strict=False) if kind != "population" else ()
     pairs = [((t[0], t[1]), b.mean(axis=0)[None]) for t, b in known]
     beta = posterior._flat("beta").mean(axis=0)[None]
     return linear_predictor(
@@ -74,9 +99,9 @@ def _effects(
     out = []
     factors, drawn = posterior._factors(), posterior._term_effects()
     for (z, codes, labels), factor, b in zip(new.terms, factors, drawn, strict=True):
-        if kind == "conditional":
+        if kind != "population":
             out.append((z, codes, b))
-        unseen = codes < 0 if kind == "conditional" else np.ones(len(codes), bool)
+        unseen = codes < 0 if kind != "population" else np.ones(len(codes), bool)
         if np.any(unseen):
             out.append((z, *_new_effects(factor, unseen, np.asarray(labels, str), rng)))
     return out

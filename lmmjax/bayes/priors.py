@@ -7,10 +7,14 @@ r"""Priors: one distribution per parameter, in the units of the data.
     ``cor_Subject``        correlation matrices of the terms on a group LKJ(1)
     ``sigma``              residual SD of a row of weight 1             half-t(3, sd_y)
 
+Residual parameters have the keys that residual.py lists. With varpower and varexp, whose σ belongs
+to a row that may be far from the data, the default prior of ``sigma`` is that of the SD of a row of
+average log SD.
+
 The set ``"reml"`` is flat on all of them, SDs and σ on their own scale and correlation matrices
-uniform, so that the posterior density of (SD, correlation, σ) with β integrated out *is* the
-restricted likelihood; it is improper, and refused where the posterior would be improper too.
-``"flat"`` is another name for it.
+uniform, so that the posterior density of (SD, correlation, σ, residual parameters) with β
+integrated out *is* the restricted likelihood; it is improper, and refused where the posterior would
+be improper too. ``"flat"`` is another name for it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
+from lmmjax.bayes import residual
 from lmmjax.errors import PriorError
 from lmmjax.gram import _constant_direction, _standardise_x
 from lmmjax.precision import float64
@@ -51,24 +56,32 @@ class Priors:
         Key -> NumPyro distribution; for ``cor_<group>`` the concentration of LKJ, a float.
     given : frozenset of str
         Keys that the caller chose.
+    distant : bool
+        Whether σ belongs to a row that may be far from the data (varpower, varexp).
     """
 
     base: str
     entries: Mapping[str, Any]
     given: frozenset[str]
+    distant: bool = False
 
     @property
     def improper(self) -> bool:
         """Whether any prior does not integrate to one."""
         return any(is_flat(d) for d in self.entries.values())
 
+    @property
+    def typical_sigma(self) -> bool:
+        """Whether the prior of σ is that of a row of average log SD, not of the reference row."""
+        return self.distant and self.base == "default" and "sigma" not in self.given
+
     def describe(self) -> str:
         """The priors in words, one line per parameter, in the units of the data."""
         width = max(len(key) for key in self.entries)
-        lines = [
-            f"{key:<{width}}  {words(d)}{'  (given)' if key in self.given else ''}"
-            for key, d in self.entries.items()
-        ]
+        notes = dict.fromkeys(self.given, "  (given)")
+        if self.typical_sigma:
+            notes["sigma"] = "  on the SD of a row of average log SD"
+        lines = [f"{k:<{width}}  {words(d)}{notes.get(k, '')}" for k, d in self.entries.items()]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -98,7 +111,8 @@ def keys(design: Design) -> list[str]:
     """All prior keys of a model, in the order in which they are printed."""
     sds = [key for term in design.terms for key in sd_keys(term)]
     cors = [f"cor_{term.group}" for term in design.terms if _has_lkj(term)]
-    return [*design.x_names, *dict.fromkeys(sds), *dict.fromkeys(cors), "sigma"]
+    sds, cors = list(dict.fromkeys(sds)), list(dict.fromkeys(cors))
+    return [*design.x_names, *sds, *cors, *residual.keys(design), "sigma"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -125,7 +139,7 @@ def _flat_set(design: Design) -> dict[str, Any]:
     out: dict[str, Any] = {name: flat(constraints.real) for name in design.x_names}
     for key in keys(design)[design.p :]:
         out[key] = 1.0 if key.startswith("cor_") else flat(constraints.positive)
-    return out
+    return out | residual.flat_set(design)
 
 
 def _default_set(design: Design) -> dict[str, Any]:
@@ -140,7 +154,7 @@ def _default_set(design: Design) -> dict[str, Any]:
     out |= {key: 1.0 for key in keys(design) if key.startswith("cor_") and key not in out}
     # sigma belongs to a row of weight 1, which may be far from a typical row
     typical = math.exp(0.5 * float(np.mean(np.log(design.weights))))
-    return out | {"sigma": half_t(3, sd_y * typical)}
+    return out | residual.default_set(design) | {"sigma": half_t(3, sd_y * typical)}
 
 
 def _spread(column: np.ndarray) -> float:
@@ -209,17 +223,25 @@ def resolve(design: Design, priors: Any = "default") -> Priors:
         entries = _default_set(design) if base == "default" else _flat_set(design)
         entries |= {key: _checked(design, key, value) for key, value in chosen.items()}
         entries = {key: _plain(entries[key]) for key in keys(design)}
-    out = Priors(base, entries, frozenset(chosen))
+    r = design.residual
+    distant = r is not None and residual.has_distant_sigma(r.structure)
+    out = Priors(base, entries, frozenset(chosen), distant)
     check_proper(design, out)
     return out
 
 
 def _check_clash(design: Design) -> None:
-    clash = set(design.x_names) & set(keys(design)[design.p :])
+    others = keys(design)[design.p :]
+    clash = set(design.x_names) & set(others)
     if clash:
         raise PriorError(
             f"the fixed effect {min(clash)!r} has the name of a variance parameter, so its prior "
             "cannot be told from that one; expected different names. Rename the column."
+        )
+    if len(set(others)) < len(others):
+        raise PriorError(
+            f"the grouping factor 'residual' gives two parameters one prior key among {others}; "
+            "expected another name. Rename the column."
         )
 
 
@@ -252,7 +274,9 @@ def _checked(design: Design, key: str, prior: Any) -> Any:
         )
     if prior.support.is_discrete:
         raise PriorError(f"the prior of {key!r} is discrete; expected a continuous distribution.")
-    if key not in design.x_names and not _is_positive(prior.support):
+    if key in residual.keys(design):
+        residual.check_support(design, key, prior)
+    elif key not in design.x_names and not _is_positive(prior.support):
         raise PriorError(
             f"the prior of {key!r} is {words(prior)} with support {prior.support}; a standard "
             "deviation is positive. Use HalfNormal, Exponential, LogNormal, or a Gamma, say."
@@ -314,6 +338,7 @@ def check_proper(design: Design, priors: Priors) -> None:
                 _check_levels(design, term, s, name, priors.base)
     if is_flat(priors.entries["sigma"]):
         _check_residual(design, priors.base)
+    residual.check_proper(design, priors.entries, priors.base)
 
 
 def _check_levels(design: Design, term: Term, s: int, name: str, base: str) -> None:
@@ -359,6 +384,10 @@ def words(prior: Any) -> str:
         t = prior.base_dist
         centre = f", {_number(t.loc)}" if float(t.loc) != 0 else ""
         return f"half-t({_number(t.df)}{centre}, {_number(t.scale)})"
+    if any(isinstance(t, residual.RangeToCorrelation) for t in getattr(prior, "transforms", ())):
+        # NumPyro unpacks the log-normal law of r into a normal one and its transform
+        law = prior.base_dist
+        return f"exp(-1/r), r LogNormal({_number(law.loc)}, {_number(law.scale)})"
     name = type(prior).__name__
     if isinstance(prior, dist.Normal):
         name = "normal"

@@ -17,6 +17,7 @@ from lmmjax.bayes.posterior import Posterior
 from lmmjax.bayes.priors import Priors, resolve
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError
 from lmmjax.model import Model
+from lmmjax.pointwise import batch_size
 from lmmjax.precision import in_float64
 
 METHODS = ("nuts", "auto")
@@ -74,7 +75,8 @@ def sample_model(
 
     Notes
     -----
-    A step of the marginal form costs O(J S³ + (d + p)³), of the others O(n (p + S)). The first
+    A step of the marginal form costs O(J S³ + (d + p)³), of the others O(n (p + S)); with a
+    residual structure the cost of its cross-products or of whitening comes on top. The first
     call for a shape of model compiles; further calls for the same shape, families of priors and
     sizes do not.
     """
@@ -87,7 +89,7 @@ def sample_model(
     resolved = resolve(model.design, priors)
     spec = describe(model, form, resolved)
     began = time.perf_counter()
-    values, stats = _run(model, spec, settings, resolved, seed, progress)
+    values, stats, phi = _run(model, spec, settings, resolved, seed, progress)
     posterior = Posterior(
         model=model,
         form=form,
@@ -100,6 +102,7 @@ def sample_model(
         seconds=time.perf_counter() - began,
         values=values,
         stats=stats,
+        phi=phi,
     )
     if posterior.problems:
         warnings.warn(_advice(posterior), ConvergenceWarning, stacklevel=3)
@@ -122,25 +125,19 @@ def _probability(target_accept: float) -> float:
 
 
 def _check_names(model: Model) -> None:
-    if model.is_structured:
-        raise LmmError(
-            f"found the residual structure {model.residual}, with which sample() does not work "
-            "yet; expected independent residuals. Use model.fit(), or give "
-            "model.numpyro_model(form='marginal') to numpyro.infer.MCMC."
-        )
     for group in model.groups:
-        if group in RESERVED:
+        if group in (taken := (*RESERVED, *model.phi_names)):
             raise DataError(
-                f"the grouping factor {group!r} has the name of a dimension of the draws; "
-                f"expected any name but {', '.join(RESERVED)}. Rename the column."
+                f"the grouping factor {group!r} has the name of a dimension or a variable of the "
+                f"draws; expected any name but {', '.join(taken)}. Rename the column."
             )
 
 
 @in_float64
 def _run(
     model: Model, spec: Spec, settings: nuts.Settings, priors: Priors, seed: int, progress: bool
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Draws of all values by name, and the sampler's statistics; NumPy."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+    """Draws of all values by name, the sampler's statistics, free residual parameters; NumPy."""
     # NumPyro mixes number types, which a caller's strict promotion would refuse
     with jax.numpy_dtype_promotion("standard"):
         data = jax.tree.map(jnp.asarray, arrays(model, spec))
@@ -156,22 +153,24 @@ def _run(
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), trail.z)
         n = settings.chains * settings.draws
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), n)
-        batch = exact.batch_size(spec.layout.q * (spec.layout.p + spec.layout.d + 4))
+        batch = batch_size(spec.layout.q * (spec.layout.p + spec.layout.d + 4))
         values = exact.complete(plain, data, sites, flat, keys, batch)
         out = {k: np.asarray(v, np.float64) for k, v in values.items()}
     out.setdefault("beta", np.empty((n, 0)))
     shaped = {k: v.reshape(settings.chains, settings.draws, *v.shape[1:]) for k, v in out.items()}
-    return _named(spec, shaped), stats
+    phi = shaped.pop(exact.FREE, np.empty((settings.chains, settings.draws, 0)))
+    return _named(spec, shaped), stats, phi
 
 
 def _named(spec: Spec, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Group names in place of numbers; fixed effects first, σ last."""
+    """Group names in place of numbers; fixed effects first, residual parameters and σ last."""
     out = {"beta": values["beta"]}
     for kind in ("sd", "cor", "ranef"):
         for i, g in enumerate(spec.groups):
             if f"{kind}_{i}" in values:
                 out[f"{kind}_{g.name}"] = values[f"{kind}_{i}"]
-    return out | {"sigma": values["sigma"]}
+    names = [] if spec.residual is None else spec.residual.names
+    return out | {name: values[name] for name in names} | {"sigma": values["sigma"]}
 
 
 def _stats(trail: nuts.Trail) -> dict[str, np.ndarray]:

@@ -24,6 +24,8 @@ def page(posterior: Posterior, level: float = 0.95) -> Page:
         f"Standard deviations and correlations (posterior mean, SD, {percent(level)} interval)"
     )
     blocks.append(_varcorr_table(posterior.varcorr(level=level), level, caption))
+    if posterior.model.is_structured:
+        blocks.append(_residual_table(posterior, level))
     if posterior.model.design.p:
         caption = "Fixed effects (estimate: posterior mean; std. error: posterior SD)"
         blocks.append(coef_table_text(posterior.coef_table(level=level), level, caption))
@@ -46,14 +48,30 @@ def _warning_lines(posterior: Posterior) -> list[str]:
 
 
 def _varcorr_table(frame: pd.DataFrame, level: float, caption: str) -> TextTable:
-    half = 50 * (1 - level)
-    header = ["Group", "Name", "Mean", "SD", f"{half:.3g} %", f"{100 - half:.5g} %", "ESS", "R-hat"]
-    cells = [numbers(frame[c], like=frame["sd"]) for c in ("sdcor", "sd", "low", "high")]
-    cells += [[f"{v:.0f}" for v in frame["ess"]], [f"{v:.3f}" for v in frame["rhat"]]]
     names = [_name(a, b) for a, b in zip(frame["term1"], frame["term2"], strict=True)]
     first = frame["group"].where(frame["group"] != frame["group"].shift(), "")
+    cells = _draw_cells(frame, ("sdcor", "sd", "low", "high"))
     rows = list(zip(first, names, *cells, strict=True))
+    header = ["Group", "Name", *_draw_header(level)]
     return TextTable(header, rows, n_labels=2, caption=caption)
+
+
+def _residual_table(posterior: Posterior, level: float) -> TextTable:
+    frame = posterior.residual_intervals(level)
+    cells = _draw_cells(frame, ("estimate", "std_error", "low", "high"))
+    rows = list(zip(frame.index, *cells, strict=True))
+    caption = f"Residual parameters (posterior mean, SD, {percent(level)} interval)"
+    return TextTable(["", *_draw_header(level)], rows, n_labels=1, caption=caption)
+
+
+def _draw_header(level: float) -> list[str]:
+    half = 50 * (1 - level)
+    return ["Mean", "SD", f"{half:.3g} %", f"{100 - half:.5g} %", "ESS", "R-hat"]
+
+
+def _draw_cells(frame: pd.DataFrame, columns: tuple[str, ...]) -> list[list[str]]:
+    cells = [numbers(frame[c], like=frame[columns[1]]) for c in columns]
+    return [*cells, [f"{v:.0f}" for v in frame["ess"]], [f"{v:.3f}" for v in frame["rhat"]]]
 
 
 def _name(term1: object, term2: object) -> str:

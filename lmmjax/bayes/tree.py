@@ -10,6 +10,7 @@ import numpy as np
 
 from lmmjax.bayes.numpyro_model import Group, arrays, describe, groups, hierarchy, prior_sites
 from lmmjax.precision import in_float64
+from lmmjax.residual.subjects import errors
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -102,6 +103,7 @@ def _grown(posterior: Posterior, contents: dict[str, dict[str, np.ndarray]]) -> 
     return tree
 
 
+@in_float64
 def with_posterior_predictive(posterior: Posterior, n: int | None, seed: int) -> DataTree:
     """See :meth:`lmmjax.bayes.posterior.Posterior.posterior_predictive`."""
     design, rng = posterior.model.design, np.random.default_rng(seed)
@@ -110,11 +112,12 @@ def with_posterior_predictive(posterior: Posterior, n: int | None, seed: int) ->
     )
     keep = np.linspace(0, posterior.draws - 1, per_chain).round().astype(int)
     out = np.empty((posterior.chains, per_chain, design.n))
+    sigma, phi = posterior.values["sigma"][:, keep], posterior.phi[:, keep]
     for c in range(posterior.chains):
         for at, d in enumerate(keep):
             one = slice(c * posterior.draws + d, c * posterior.draws + d + 1)
-            sd = posterior.values["sigma"][c, d] / np.sqrt(design.weights)
-            out[c, at] = posterior._expected(one)[0] + sd * rng.standard_normal(design.n)
+            out[c, at] = posterior._expected(one)[0]
+        out[c] += errors(design, sigma[c], phi[c], rng.standard_normal(out[c].shape))
     return _grown(posterior, {"posterior_predictive": {"y": out}})
 
 

@@ -22,12 +22,12 @@ class Roots(NamedTuple):
 
 
 def relative_sd(r: Residuals | None, phi: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """S_i / √w_i of each row, relative to the reported σ, (n,)."""
+    """S_i / √w_i of each row, relative to the reported σ; ``phi`` (..., n_phi) gives (..., n)."""
     sd = 1.0 / np.sqrt(weights)
     if r is None:
         return sd
-    v = np.asarray(phi)[r.structure.n_corr :]
-    return sd * np.exp(r.H @ v - np.asarray(r.structure.variances.shifts, float) @ v)
+    v = np.asarray(phi)[..., r.structure.n_corr :]
+    return sd * np.exp(v @ (r.H - np.asarray(r.structure.variances.shifts, float)).T)
 
 
 @in_float64

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,24 +13,29 @@ from lmmjax.errors import DataError
 from lmmjax.evaluate import Evaluator, Factor, is_missing
 from lmmjax.expr import deparse
 from lmmjax.precision import in_float64
-from lmmjax.residual.covariance import block, relative_sd
+from lmmjax.residual.covariance import relative_sd
 from lmmjax.residual.frame import Residuals, evaluate_residual
-from lmmjax.residual.structures import ARMA, Autoregressive, Family, Toeplitz
+from lmmjax.residual.structures import ARMA, Autoregressive, Family, Structure, Toeplitz
 from lmmjax.table import Table
 
 if TYPE_CHECKING:
-    from lmmjax.fit import Fit
+    from lmmjax.design import Design
+    from lmmjax.model import Model
 
 
 class NewRows(NamedTuple):
-    """Residual subject (-1: not in training), position and S / reference of new rows."""
+    """Residual subject (-1: not in training), position and log(S / reference) of new rows."""
 
     subject: np.ndarray  # (m,)
     pos: np.ndarray  # (m, dim)
-    sd: np.ndarray  # (m,)
+    H: np.ndarray  # log(S / reference) = H φ_v, (m, n_variances)
+
+    def sd(self, structure: Structure, phi: np.ndarray) -> np.ndarray:
+        """Residual SDs relative to σ; ``phi`` (..., n_phi) gives (..., m)."""
+        return np.exp(phi[..., structure.n_corr :] @ self.H.T)
 
 
-def encode(fit: Fit, newdata: Any) -> NewRows:
+def encode(model: Model, newdata: Any) -> NewRows:
     """Evaluate the residual structure's variables on new data, coded as in training.
 
     Raises
@@ -37,11 +43,10 @@ def encode(fit: Fit, newdata: Any) -> NewRows:
     DataError
         A variable is missing, a level of varident or a position on the grid was not in training.
     """
-    r = fit.model.design.residual
+    r, spec = model.design.residual, model.design.spec
     assert r is not None
     table = Table(newdata, "newdata")
     columns = table.read(r.spec.nodes)
-    spec = fit.model.design.spec
     ev = Evaluator(columns, len(table), spec.states, learn=False, safe=spec.safe)
     values = evaluate_residual(r.spec, ev)
     for name, value in values.items():
@@ -54,9 +59,8 @@ def encode(fit: Fit, newdata: Any) -> NewRows:
     m = len(table)
     subject = np.arange(m) - m - 1 if not r.correlated else _subject(r, values, m)
     pos, place = _positions(r, values, subject, m)
-    v = fit.phi[r.structure.n_corr :]
-    log_s = _design(r, values, place, m) @ v - np.asarray(r.structure.variances.shifts, float) @ v
-    return NewRows(subject, pos, np.exp(log_s))
+    H = _design(r, values, place, m) - np.asarray(r.structure.variances.shifts, float)
+    return NewRows(subject, pos, H)
 
 
 def _subject(r: Residuals, values: dict[str, Any], m: int) -> np.ndarray:
@@ -156,34 +160,45 @@ def _reaching(family: Family, lag: int) -> Family:
 
 
 class Known(NamedTuple):
-    """What the subject's rows tell of the residual of one new row."""
+    """What the subject's rows tell of the residual of one new row; a leading axis for draws."""
 
     rows: np.ndarray  # training rows of its subject
     weights: np.ndarray  # R⁻¹c of them
-    variance: float  # left, relative to σ²
+    variance: Any  # left, relative to σ²
 
 
 @in_float64
-def known_residuals(fit: Fit, new: NewRows) -> list[Known]:
+def known_residuals(design: Design, new: NewRows, phi: np.ndarray) -> list[Known]:
     """BLUP weights of every new row: e_new | e = c'R⁻¹e, variance s² - c'R⁻¹c.
 
-    Goldberger (1962), J. Amer. Statist. Assoc. 57. O(T³) per subject.
+    ``phi`` (..., n_phi): one set of weights for each. Goldberger (1962), J. Amer. Statist. Assoc.
+    57. O(T³) per row and draw.
     """
-    r, weights = fit.model.design.residual, fit.model.design.weights
+    r = design.residual
     assert r is not None
-    sd = relative_sd(r, fit.phi, weights)
     out = []
-    for subject, pos, s in zip(*new, strict=True):
+    old = relative_sd(r, phi, design.weights)
+    for i, (subject, s) in enumerate(
+        zip(new.subject, np.moveaxis(new.sd(r.structure, phi), -1, 0), strict=True)
+    ):
         rows = np.flatnonzero(r.subject == subject) if r.correlated else np.zeros(0, int)
         if rows.size == 0:
-            out.append(Known(rows, np.zeros(0), float(s**2)))
+            out.append(Known(rows, np.zeros((*s.shape, 0)), s**2))
             continue
-        family = r.structure.family
-        assert family is not None
-        both = jnp.asarray(np.vstack([r.pos[rows], pos]))
-        family = _reaching(family, int(np.max(np.abs(r.pos[rows, 0] - pos[0]))))
-        c = np.asarray(family.matrix(jnp.asarray(fit.phi)[: r.structure.n_corr], both))[-1, :-1]
-        c = c * sd[rows] * s
-        w = np.linalg.solve(block(r, fit.phi, weights, rows), c)
-        out.append(Known(rows, w, float(max(s**2 - c @ w, 0.0))))
+        C = _with_new(r, rows, new.pos[i], phi)
+        # the correlation is scaled, not solved with: SDs may differ by orders of magnitude
+        w = np.linalg.solve(C[..., :-1, :-1], C[..., :-1, -1:])[..., 0]
+        left = s**2 * np.maximum(1 - np.sum(w * C[..., -1, :-1], axis=-1), 0.0)
+        out.append(Known(rows, w * s[..., None] / old[..., rows], left))
     return out
+
+
+def _with_new(r: Residuals, rows: np.ndarray, pos: np.ndarray, phi: np.ndarray) -> np.ndarray:
+    """Correlation of a subject's rows and one new row, last, at each φ: (..., T + 1, T + 1)."""
+    assert r.structure.family is not None
+    family = _reaching(r.structure.family, int(np.max(np.abs(r.pos[rows, 0] - pos[0]))))
+    both = jnp.asarray(np.vstack([r.pos[rows], pos]))
+    matrix = lambda at: family.matrix(at, both)  # noqa: E731
+    flat = jnp.asarray(phi[..., : r.structure.n_corr]).reshape(-1, r.structure.n_corr)
+    C = np.asarray(jax.vmap(matrix)(flat))
+    return C.reshape(*phi.shape[:-1], *C.shape[1:])

@@ -114,15 +114,20 @@ def whiten(structure: Structure, phi: Array, b: Block) -> tuple[Array, Array]:
     return white, logdet + more
 
 
-def _chain(structure: Structure, phi: Array, b: Block, A: Array) -> tuple[Array, Array]:
-    """e_t = (r_t - c_t r_(t-1)) / √(1 - c_t²)."""
+def _links(structure: Structure, phi: Array, b: Block) -> tuple[Array, Array]:
+    """Correlation c_t of each row with the one before it (0 for the first), and 1 - c_t²."""
     family = structure.family
     assert family is not None
     before = jnp.concatenate([b.pos[:, :1], b.pos[:, :-1]], axis=1)
     c = family.links(phi[: structure.n_corr], before, b.pos)
     follows = (b.mask > 0) & (jnp.arange(b.mask.shape[1]) > 0)
     c = jnp.where(follows, c, 0.0)
-    left = (1 - c) * (1 + c)
+    return c, (1 - c) * (1 + c)
+
+
+def _chain(structure: Structure, phi: Array, b: Block, A: Array) -> tuple[Array, Array]:
+    """e_t = (r_t - c_t r_(t-1)) / √(1 - c_t²)."""
+    c, left = _links(structure, phi, b)
     last = jnp.concatenate([jnp.zeros_like(A[:, :1]), A[:, :-1]], axis=1)
     return (A - c[..., None] * last) / jnp.sqrt(left)[..., None], jnp.sum(jnp.log(left))
 
@@ -140,13 +145,37 @@ def _mean(structure: Structure, phi: Array, b: Block, A: Array) -> tuple[Array, 
     return white, jnp.sum((m - 1) * jnp.log1p(-rho) + jnp.log(along))
 
 
-def _dense(structure: Structure, phi: Array, b: Block, A: Array) -> tuple[Array, Array]:
-    """One Cholesky factor per set of positions."""
+def _inverse_roots(structure: Structure, phi: Array, b: Block) -> tuple[Array, Array]:
+    """L⁻¹ of C = LL' and log|C|, one for each set of positions."""
     L = jnp.linalg.cholesky(correlations(structure, phi, b.patterns, b.pattern_mask))
     eye = jnp.broadcast_to(jnp.eye(L.shape[-1], dtype=L.dtype), L.shape)
     inverse = jax.scipy.linalg.solve_triangular(L, eye, lower=True)
-    logs = jnp.sum(jnp.log(jnp.diagonal(L, axis1=1, axis2=2)), axis=1)
-    return inverse[b.pattern] @ A, 2 * jnp.sum(logs[b.pattern])
+    return inverse, 2 * jnp.sum(jnp.log(jnp.diagonal(L, axis1=1, axis2=2)), axis=1)
+
+
+def _dense(structure: Structure, phi: Array, b: Block, A: Array) -> tuple[Array, Array]:
+    """One Cholesky factor per set of positions."""
+    inverse, logs = _inverse_roots(structure, phi, b)
+    return inverse[b.pattern] @ A, jnp.sum(logs[b.pattern])
+
+
+def inverse_diagonal(structure: Structure, phi: Array, b: Block) -> Array:
+    """Diagonal of R⁻¹ of every subject, (G, T); without meaning where padded."""
+    inverse_s2 = jnp.exp(-2 * (b.H @ phi[structure.n_corr :]))
+    family = structure.family
+    if family is None:
+        return inverse_s2
+    if family.route == "chain":
+        c, left = _links(structure, phi, b)
+        # a row enters its own step and that of the row after it
+        after = jnp.concatenate([(c**2 / left)[:, 1:], jnp.zeros_like(c[:, :1])], axis=1)
+        return inverse_s2 * (1 / left + after)
+    if family.route == "mean":
+        rho = family.natural(phi[: structure.n_corr])[0]
+        m = jnp.sum(b.mask, axis=1, keepdims=True)
+        return inverse_s2 * (1 - rho / (1 + (m - 1) * rho)) / (1 - rho)
+    inverse, _ = _inverse_roots(structure, phi, b)
+    return inverse_s2 * jnp.sum(inverse**2, axis=1)[b.pattern]
 
 
 def _pytree(*static: str) -> Callable[[type[T]], type[T]]:

@@ -55,13 +55,6 @@ class Family(abc.ABC):
         """Where to begin given rough correlations of the places of a grid, (U, U)."""
         return self.start()
 
-    def prior_scales(self) -> np.ndarray:
-        """SDs of the default normal priors, mean 0, of the free parameters.
-
-        1 is nearly flat on a partial correlation tanh(φ), and an SD of a factor e on a range.
-        """
-        return np.ones(self.n_phi)
-
     def links(self, phi: Array, before: Array, pos: Array) -> Array:
         """Correlation of rows at ``pos`` with the row before them, at ``before`` (chain only)."""
         raise NotImplementedError(f"{type(self).__name__} is no Markov chain.")
@@ -125,9 +118,6 @@ class CompoundSymmetry(Family):
     def start(self) -> np.ndarray:
         share = (0.2 - self._lowest) / (1 - self._lowest)
         return np.array([math.log(share / (1 - share))])
-
-    def prior_scales(self) -> np.ndarray:
-        return np.full(1, 1.7)  # nearly flat on ρ, by the logistic map
 
     def natural(self, phi: Array) -> Array:
         return self._lowest + (1 - self._lowest) * jax.nn.sigmoid(phi)
@@ -429,11 +419,6 @@ class Structure:
     @property
     def names(self) -> list[str]:
         return [*([] if self.family is None else self.family.names()), *self.variances.names]
-
-    def prior_scales(self) -> np.ndarray:
-        """SDs of the default normal priors of φ; 1 on log SD ratios and δ times the SD of x."""
-        first = np.zeros(0) if self.family is None else self.family.prior_scales()
-        return np.concatenate([first, np.ones(self.variances.n_phi)])
 
     def start(self) -> np.ndarray:
         first = np.zeros(0) if self.family is None else self.family.start()
