@@ -14,6 +14,7 @@ import numpy as np
 
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.inference.linear import tangent
+from lmmjax.inference.variances import observed_information
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,11 +58,8 @@ def wald(fit: Fit) -> pd.DataFrame:
 
 def parameter_covariance(fit: Fit) -> np.ndarray:
     """Covariance of (σ̂², ω̂) in the standardised problem, relative to σ̂⁴: (1 + K, 1 + K)."""
-    e, d, sigma2 = fit._variance_tables
-    second = fit._second_tables
-    more = None if second is None else kr.curvature(e, second, d.along, sigma2, fit.method)
-    T = kr.to_sigma2(d.along)
-    return T @ kr.inverse(kr.observed_information(e, sigma2, fit.method, more)) @ T.T
+    T = kr.to_sigma2(fit._variance_tables[1].along)
+    return T @ kr.inverse(observed_information(fit)) @ T.T
 
 
 def components(fit: Fit) -> list[Component]:

@@ -161,7 +161,6 @@ def method(
     if name == "containment" and not fit.model.is_mixed:
         name = "residual"  # without grouping factors there is one stratum
     if name == "kenward-roger":
-        refuse_structured(fit, f"df={name!r}")
         return _kenward_roger(fit, information, second_order)
     if name == "satterthwaite":
         degrees = fit._satterthwaite

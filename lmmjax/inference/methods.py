@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import estimate
 from lmmjax.errors import LmmError
-from lmmjax.inference import hypothesis
+from lmmjax.inference import hypothesis, variances
 from lmmjax.inference import kenward_roger as kr
-from lmmjax.inference.information import Tables, tables
+from lmmjax.inference.information import Tables
 from lmmjax.inference.likelihood_methods import LikelihoodMethods
-from lmmjax.inference.linear import Directions, directions
+from lmmjax.inference.linear import Directions
 from lmmjax.precision import in_float64
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from lmmjax.inference.containment import Containment
     from lmmjax.inference.robust import Sandwich
+    from lmmjax.residual.source import Source
 
 
 class InferenceMethods(LikelihoodMethods):
@@ -56,8 +57,11 @@ class InferenceMethods(LikelihoodMethods):
         information : {"expected", "observed"}, optional
             For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's.
         second_order : bool
-            For Kenward-Roger: include the second derivatives of V. They are zero for all structures
-            but ``cs`` with own variances, since V is linear in variances and covariances.
+            For Kenward-Roger: include the second derivatives of V (mmrm's "Kenward-Roger") or not
+            ("Kenward-Roger-Linear", SAS's FIRSTORDER). They depend on the parametrisation, which is
+            SAS's, and vanish where V is linear in variances and covariances: all structures of
+            random terms but ``cs`` with own variances; of residuals ``cs toep symm un varident``
+            (:mod:`lmmjax.residual.parameters`).
         group : str or array (n_obs,), optional
             For the sandwich: independent groups; by default the outermost grouping factor, rows in
             a linear model.
@@ -456,32 +460,19 @@ class InferenceMethods(LikelihoodMethods):
 
         return containment(self._fit.model.design)
 
-    @in_float64
-    def _tables(self, d: Directions, E: list[np.ndarray]) -> Tables:
-        """Derivatives along ``E``; see information.py."""
-        fit = self._fit
-        the_gram, rhs = fit._products
-        theta = jnp.asarray(fit._theta_s)
-        found = tables(fit.model._plan.layout, theta, the_gram, rhs, d.sigmas, E)
-        return jax.tree.map(np.asarray, found)
+    @cached_property
+    def _residual_source(self) -> Source | None:
+        return variances.source(self._fit)
 
     @cached_property
     def _variance_tables(self) -> tuple[kr.Extended, Directions, float]:
-        """Tables for (V, ω), the directions, and σ̂², all in standardised units."""
-        fit = self._fit
-        hypothesis.refuse_structured(fit, "a table of derivatives in the variances")
-        model = fit.model
-        d = directions(model._plan.layout, model._factors(fit._theta_s))
-        sigma2 = (fit.sigma / model._units.scale) ** 2
-        return kr.extend(self._tables(d, d.first), float(fit.n_obs)), d, sigma2
+        """Tables for (V, ω, φ), the directions, and σ̂², all in standardised units."""
+        return variances.variance_tables(self._fit)
 
     @cached_property
     def _second_tables(self) -> Tables | None:
         """Tables for the directions ∂²Σ/∂ω_i∂ω_j; None where Σ is linear in ω."""
-        d = self._variance_tables[1]
-        if not d.nonlinear:
-            return None
-        return self._tables(d, [E.reshape(-1, *E.shape[2:]) for E in d.second])
+        return variances.second_tables(self._fit)
 
     @cached_property
     def _adjustments(self) -> dict[tuple[str, bool], kr.Adjustment]:
@@ -491,16 +482,14 @@ class InferenceMethods(LikelihoodMethods):
         """The adjustment in the units of the data, made once for each choice."""
         key = (information, second_order)
         if key not in self._adjustments:
-            e, d, sigma2 = self._variance_tables
-            second = self._second_tables if second_order or information == "observed" else None
+            fit, (e, _, sigma2) = self._fit, self._variance_tables
             if information == "expected":
                 info = kr.expected_information(e)
             else:
-                more = kr.curvature(e, second, d.along, sigma2, "REML") if second else None
-                info = kr.observed_information(e, sigma2, "REML", more)
-            R = kr.second_order(second, d.along) if second and second_order else None
-            units = self._fit.model._units
-            a = kr.adjust(e, sigma2, info, R)
+                info = variances.observed_information(fit)
+            curved = functools.partial(variances.second_order, fit) if second_order else None
+            units = fit.model._units
+            a = kr.adjust(e, sigma2, info, curved)
             self._adjustments[key] = kr.change_units(a, units.scale * units.A)
         return self._adjustments[key]
 
