@@ -63,8 +63,8 @@ class InferenceMethods(LikelihoodMethods):
             random terms but ``cs`` with own variances; of residuals ``cs toep symm un varident``
             (:mod:`lmmjax.residual.parameters`).
         group : str or array (n_obs,), optional
-            For the sandwich: independent groups; by default the outermost grouping factor, rows in
-            a linear model.
+            For the sandwich: independent groups; by default the outermost grouping factor or
+            residual subject, rows in a linear model.
         correction : {"CR0", "CR1", "CR2"}
             For the sandwich; CR2 is unbiased under the model.
 
@@ -127,13 +127,23 @@ class InferenceMethods(LikelihoodMethods):
         """
         fit = self._fit
         p, names = len(fit._beta), list(fit.model.design.x_names)
+        m = self._method(df, information, second_order, vcov, group, correction)
+        return hypothesis.t_table(m, np.eye(p), np.zeros(p), names, level)
+
+    def _method(
+        self,
+        df: str | None,
+        information: str | None,
+        second_order: bool,
+        vcov: str | None,
+        group: Any,
+        correction: str,
+    ) -> hypothesis.Method:
         if vcov not in (None, "model", "robust"):
             raise LmmError(f"vcov={vcov!r} is unknown; expected 'model' or 'robust'.")
         if vcov == "robust":
-            m = self._robust_method(df, group, correction)
-        else:
-            m = hypothesis.method(fit, df, information, second_order)
-        return hypothesis.t_table(m, np.eye(p), np.zeros(p), names, level)
+            return self._robust_method(df, group, correction)
+        return hypothesis.method(self._fit, df, information, second_order)
 
     def _robust_method(self, df: str | None, group: Any, correction: str) -> hypothesis.Method:
         s = self._sandwich(group, correction)
@@ -147,7 +157,7 @@ class InferenceMethods(LikelihoodMethods):
             return np.full(len(L), np.inf) if df == "wald" else s.degrees(L)
 
         def joint(L: np.ndarray) -> tuple[float, float]:
-            raise LmmError("joint tests with a robust covariance are not available.")
+            return (np.inf, 1.0) if df == "wald" else s.joint(L)
 
         return hypothesis.Method("robust", self._fit._beta, s.vcov, degrees, joint)
 
@@ -163,6 +173,9 @@ class InferenceMethods(LikelihoodMethods):
         information: str | None = None,
         second_order: bool = True,
         level: float = 0.95,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """Test linear hypotheses Lβ = rhs about the fixed effects.
 
@@ -180,6 +193,9 @@ class InferenceMethods(LikelihoodMethods):
             One F test of all rows, or a t test a row.
         level : float
             Of the intervals with ``joint=False``.
+        vcov, group, correction
+            As :meth:`coef_table`; several rows by the approximate Hotelling T² of Pustejovsky and
+            Tipton (2018), HTZ in clubSandwich.
 
         Returns
         -------
@@ -195,7 +211,7 @@ class InferenceMethods(LikelihoodMethods):
         from lmmjax.inference.estimable import hypotheses
 
         h = hypotheses(self._fit.model.design, L, rhs)
-        m = hypothesis.method(self._fit, df, information, second_order)
+        m = self._method(df, information, second_order, vcov, group, correction)
         if not joint:
             return hypothesis.t_table(m, h.L, h.rhs, h.names, level)
         return hypothesis.f_frame({"; ".join(h.names): m.f_test(h.L, h.rhs)}, scaling=True)
@@ -207,6 +223,9 @@ class InferenceMethods(LikelihoodMethods):
         *,
         information: str | None = None,
         second_order: bool = True,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """F tests of the fixed terms.
 
@@ -217,6 +236,8 @@ class InferenceMethods(LikelihoodMethods):
             sum-to-zero coding whatever the contrasts in use.
         df, information, second_order
             See the class and :meth:`vcov`.
+        vcov, group, correction
+            As :meth:`test`.
 
         Returns
         -------
@@ -232,7 +253,7 @@ class InferenceMethods(LikelihoodMethods):
         from lmmjax.inference import anova
 
         fit = self._fit
-        m = hypothesis.method(fit, df, information, second_order)
+        m = self._method(df, information, second_order, vcov, group, correction)
         by_term = anova.hypotheses(fit, type)
         tests = {t: m.f_test(L, np.zeros(len(L))) for t, L in by_term.items()}
         if m.name == "containment":
@@ -371,7 +392,7 @@ class InferenceMethods(LikelihoodMethods):
     # -- variances --------------------------------------------------------------------------------
 
     def variance_tests(self) -> pd.DataFrame:
-        """Wald tests of the variance components.
+        """Wald tests of the variance components and the residual parameters.
 
         Returns
         -------
@@ -379,6 +400,8 @@ class InferenceMethods(LikelihoodMethods):
             ``group term1 term2 estimate std_error statistic p_value caveat``, rows as
             :meth:`lmmjax.Fit.varcorr`: variances (one-sided) and covariances (two-sided) with SEs
             from the observed information. On the boundary z and p are NaN, and the caveat says so.
+            Then :meth:`lmmjax.Fit.residual_params` under ``term1``, two-sided on the scale that the
+            caveat names: no correlation, equal SDs, δ = 0; NaN where the null is no inner point.
         """
         from lmmjax.inference.components import wald
 

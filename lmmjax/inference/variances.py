@@ -23,6 +23,7 @@ from lmmjax.precision import in_float64
 
 if TYPE_CHECKING:
     from lmmjax.fit import Fit
+    from lmmjax.residual.parameters import Chart
     from lmmjax.residual.source import Source
 
 
@@ -92,26 +93,31 @@ def second_order(fit: Fit, W: np.ndarray) -> np.ndarray:
     e, d, _ = fit._variance_tables
     second = fit._second_tables
     found = np.zeros((e.p, e.p)) if second is None else kr.second_order(second, d.along, W)
-    return found if fit._residual_source is None else found + _residual(fit, W)
+    if fit.model.design.residual is None:
+        return found
+    from lmmjax.residual.parameters import chart
+
+    own = chart(fit.model.design.residual)
+    return found if own.is_linear else found + _residual(fit, own, W)
 
 
 @in_float64
-def _residual(fit: Fit, W: np.ndarray) -> np.ndarray:
+def _residual(fit: Fit, own: Chart, W: np.ndarray) -> np.ndarray:
     """What the second derivatives of σ²R in SAS's parameters add to :func:`second_order`."""
     from lmmjax.residual.expansion import curved
     from lmmjax.residual.parameters import bend
 
     e, d, _ = fit._variance_tables
-    residual, the_source, k = fit.model.design.residual, fit._residual_source, len(fit.phi)
-    assert residual is not None and the_source is not None
+    the_source, k = fit._residual_source, len(fit.phi)
+    assert the_source is not None
     T = kr.to_sigma2(d.along)
-    own = np.r_[0, len(T) - k : len(T)]
-    W = (T @ W @ T.T)[np.ix_(own, own)]
+    at = np.r_[0, len(T) - k : len(T)]  # σ² and φ
+    W = (T @ W @ T.T)[np.ix_(at, at)]
     directions = jnp.asarray(W[1:, 1:])
     D = jax.tree.map(lambda x: x[None], curved(the_source, jnp.asarray(fit.phi), directions))
     _, slope = along(fit.model._plan.layout, *fit._products, d.sigmas, D)
-    coefficients = np.array(bend(residual, fit.phi, jnp.asarray(W)))
+    coefficients = np.array(bend(own, jnp.asarray(fit.phi), jnp.asarray(W)))
     coefficients[1:] += 2 * W[0, 1:]
-    S1 = np.linalg.solve(T.T, e.S1.reshape(len(T), -1)).reshape(e.S1.shape)[own]
+    S1 = np.linalg.solve(T.T, e.S1.reshape(len(T), -1)).reshape(e.S1.shape)[at]
     total = np.tensordot(coefficients, S1, 1) - np.asarray(slope)[0]
     return total[: e.p, : e.p]

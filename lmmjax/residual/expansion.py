@@ -62,8 +62,7 @@ def expand(source: Source, phi: Array) -> Expansion:
     """
     if isinstance(source, Basis):
         return _by_stratum(source, phi)
-    route = _by_pattern if isinstance(source, Patterns) else _by_subject
-    return route(source, phi)
+    return _by_pattern(source, phi) if isinstance(source, Patterns) else _by_subject(source, phi)
 
 
 @jax.jit
@@ -150,7 +149,7 @@ def _by_subject(source: Rows, phi: Array) -> Expansion:
         slopes = jnp.moveaxis(jax.vmap(slope)(b.pos, b.mask, b.H), -1, 0)
         B = _between(L, slopes)
         parts.append((white, B, B @ white))
-    trace = sum(jnp.einsum("kgtt->k", B) for _, B, _ in parts)
+    trace: Array = sum(jnp.einsum("kgtt->k", B) for _, B, _ in parts)
     k, l = pairs(len(phi))  # noqa: E741
 
     def first(i: Array) -> Direction:
@@ -175,7 +174,8 @@ def _from_subject(source: Rows, C: list[Array], logdet: Array) -> Direction:
     if source.layout.structures:
         stacked = jnp.concatenate(C)
     else:
-        stacked = sum(jnp.sum(c, axis=0) for c in C)[None]
+        total: Array = sum(jnp.sum(c, axis=0) for c in C)
+        stacked = total[None]
     return _floats(assemble(source.layout, source.where, stacked, source.n, logdet))
 
 

@@ -12,7 +12,8 @@ The adjusted covariance depends on the parametrisation through R_ij alone. Here 
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,52 +21,67 @@ import numpy as np
 
 from lmmjax.residual.expansion import weighted_second
 from lmmjax.residual.frame import Residuals
-from lmmjax.residual.structures import CompoundSymmetry, Spatial, Toeplitz, Unstructured
+from lmmjax.residual.structures import (
+    CompoundSymmetry,
+    Spatial,
+    Structure,
+    Toeplitz,
+    Unstructured,
+)
 
 Array = Any
 
 
-def n_own(r: Residuals) -> int:
-    """Leading SD ratios that are a variance each: those by position, or of the only varident."""
-    c, estimated = r.spec.correlation, r.spec.estimated
-    if c is not None and c.heterogeneous:
-        return len(r.grid) - 1
-    return r.structure.variances.n_phi if [v.kind for v in estimated] == ["ident"] else 0
+class Chart(NamedTuple):
+    """Which parameters ψ belong to a structure; static."""
+
+    structure: Structure
+    own: int  # leading SD ratios that stand for a variance each
+    covariances: bool  # instead of correlations
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether R is linear in ψ."""
+        only_own = self.own == self.structure.variances.n_phi
+        return only_own and (self.covariances or self.structure.family is None)
 
 
-def covariance_parameters(r: Residuals, sigma2: Array, phi: Array) -> Array:
-    """ψ of (σ² in the units of the source, φ): (1 + n_phi,), a bijection.
+def chart(r: Residuals) -> Chart:
+    """The parameters of the header for a structure."""
+    c, structure = r.spec.correlation, r.structure
+    by_position = c is not None and c.heterogeneous
+    own = len(r.grid) - 1 if by_position else 0
+    if not by_position and [v.kind for v in r.spec.estimated] == ["ident"]:
+        own = structure.variances.n_phi
+    equal = structure.variances.n_phi == 0
+    linear = isinstance(structure.family, CompoundSymmetry | Toeplitz | Unstructured) and equal
+    un = isinstance(structure.family, Unstructured) and by_position
+    return Chart(structure, own, linear or un)
 
-    Parameters
-    ----------
-    r : Residuals
-    sigma2 : ()
-        R = sigma2 S C S.
-    phi : (n_phi,)
-    """
-    family, variances = r.structure.family, r.structure.variances
-    v = phi[r.structure.n_corr :]
-    own = n_own(r)
+
+def covariance_parameters(k: Chart, sigma2: Array, phi: Array) -> Array:
+    """ψ of (σ², φ): (1 + n_phi,), a bijection; R = sigma2 S C S."""
+    family, variances = k.structure.family, k.structure.variances
+    v = phi[k.structure.n_corr :]
     rest = variances.natural(v)
-    squared = jnp.where(np.array([k == "ratio" for k in variances.kinds], bool), rest**2, rest)
+    ratio = np.array([kind == "ratio" for kind in variances.kinds], bool)
+    rest = jnp.where(ratio, rest**2, rest)
     first = sigma2 * variances.reference(v) ** 2
-    by_level = first * jnp.concatenate([jnp.ones(1, phi.dtype), squared[:own]])
-    if family is None:
-        return jnp.concatenate([by_level, squared[own:]])
-    corr = family.natural(phi[: r.structure.n_corr])
-    equal = variances.n_phi == 0
-    if isinstance(family, Unstructured) and (equal or r.spec.correlation.heterogeneous):  # type: ignore[union-attr]
+    by_level = first * jnp.concatenate([jnp.ones(1, phi.dtype), rest[: k.own]])
+    corr = jnp.zeros(0) if family is None else family.natural(phi[: k.structure.n_corr])
+    if k.covariances and isinstance(family, Unstructured):
         a, b = np.triu_indices(len(family.labels), 1)
         sd = jnp.sqrt(jnp.broadcast_to(by_level, len(family.labels)))
         corr = corr * sd[a] * sd[b]
-    elif equal and isinstance(family, CompoundSymmetry | Toeplitz):
+    elif k.covariances:
         corr = first * corr
-    elif equal and isinstance(family, Spatial) and family.nugget:
+    elif isinstance(family, Spatial) and family.nugget and variances.n_phi == 0:
         return jnp.stack([first * (1 - corr[1]), corr[0], first * corr[1]])
-    return jnp.concatenate([by_level, corr, squared[own:]])
+    return jnp.concatenate([by_level, corr, rest[k.own :]])
 
 
-def bend(r: Residuals, phi: np.ndarray, W: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def bend(k: Chart, phi: Array, W: Array) -> Array:
     """Σ_ij W_ij ∂²η/∂ψ_i∂ψ_j in coordinates of η = (σ², φ) at σ² = 1, W that of η̂.
 
     By the chain rule -J⁻¹ Σ_ij W_ij ∂²ψ/∂η_i∂η_j, J = ∂ψ/∂η: what a change to the parameters ψ
@@ -73,7 +89,7 @@ def bend(r: Residuals, phi: np.ndarray, W: Array) -> Array:
     """
 
     def psi(eta: Array) -> Array:
-        return covariance_parameters(r, eta[0], eta[1:])
+        return covariance_parameters(k, eta[0], eta[1:])
 
-    eta = jnp.concatenate([jnp.ones(1), jnp.asarray(phi)])
+    eta = jnp.concatenate([jnp.ones(1), phi])
     return -jnp.linalg.solve(jax.jacfwd(psi)(eta), weighted_second(psi, eta, W))
