@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import residual_cases as cases
+from scipy import optimize, stats
 
 import lmmjax as lmm
 from lmmjax.inference import kenward_roger as kr
@@ -348,3 +349,112 @@ def test_residual_parameters_have_wald_tests() -> None:
 def test_cs_is_tested_on_its_range_and_a_range_is_not() -> None:
     rows = fitted("cs(1 | id)", "").variance_tests().set_index("term1")
     assert "logit" in rows.loc["rho", "caveat"] and 1 < rows.loc["rho", "statistic"] < 20
+
+
+# -- profiles -------------------------------------------------------------------------------------
+
+
+def dense_reml(fit: lmm.Fit, V: np.ndarray) -> float:
+    X, y = fit.model.design.X, fit.model.design.y
+    if np.linalg.eigvalsh(V)[0] <= 0:
+        return 1e6
+    Vi = np.linalg.inv(V)
+    A = X.T @ Vi @ X
+    r = y - X @ np.linalg.solve(A, X.T @ Vi @ y)
+    logs = np.linalg.slogdet(V)[1] + np.linalg.slogdet(A)[1]
+    return logs + r @ Vi @ r + (len(y) - X.shape[1]) * np.log(2 * np.pi)
+
+
+def excess(fit: lmm.Fit, V: Callable[[np.ndarray], np.ndarray], start: Any) -> float:
+    """What the best V(free) leaves above the optimum, by a general minimiser."""
+    best = optimize.minimize(lambda w: dense_reml(fit, V(w)), start, method="BFGS")
+    best = optimize.minimize(
+        lambda w: dense_reml(fit, V(w)), best.x, method="Nelder-Mead", tol=1e-7
+    )
+    return float(best.fun) - fit.deviance
+
+
+def test_profile_limits_equal_brute_force() -> None:
+    residual = "ar1(visit | id) * varident(arm)"
+    fit, d = fitted(residual, " + (1 | id)"), visits()
+    same = d["id"].to_numpy()[:, None] == d["id"].to_numpy()
+    wanted = ["sd_(Intercept)|id", "sigma", "phi", "sd_ratio[b]"]
+    got, q = fit.confint("profile", parm=wanted), stats.chi2.ppf(0.95, 1)
+
+    def V(a: float, b: float, phi: float, sd: float) -> np.ndarray:
+        return (SAS[residual](np.array([a**2, (a * b) ** 2, phi]), d) + sd**2) * same
+
+    a, b, phi, sd = (float(got.loc[n, "estimate"]) for n in ("sigma", *wanted[3:1:-1], wanted[0]))
+    for end in got.loc["phi"].iloc[1:]:
+        assert excess(fit, lambda w, e=end: V(w[0], w[1], e, w[2]), [a, b, sd]) == pytest.approx(
+            q, abs=1e-4
+        )
+    high = got.loc["sigma", "high"]
+    assert excess(fit, lambda w: V(high, w[0], np.tanh(w[1]), w[2]), [b, phi, sd]) == pytest.approx(
+        q, abs=1e-4
+    )
+    low = got.loc["sd_ratio[b]", "low"]
+    assert excess(fit, lambda w: V(w[0], low, np.tanh(w[1]), w[2]), [a, phi, sd]) == pytest.approx(
+        q, abs=1e-4
+    )
+    assert got.loc[wanted[0], "low"] == 0  # the correlation alone is within the quantile
+    assert excess(fit, lambda w: V(w[0], w[1], np.tanh(w[2]), 0.0), [a, b, phi]) < q
+
+
+@pytest.mark.slow
+def test_profile_of_entangled_parameters() -> None:
+    """A correlation of un depends on several free parameters; all are equal up to relabelling."""
+    fit, d = fitted("un(visit | id)", ""), visits()
+    got, q = fit.confint("profile", parm="theta_"), stats.chi2.ppf(0.95, 1)
+    same = d["id"].to_numpy()[:, None] == d["id"].to_numpy()
+
+    def V(w: np.ndarray, r: float) -> np.ndarray:
+        v = np.exp(w[:3])
+        s = np.sqrt(v)
+        psi = [*v, s[0] * s[1] * w[3], r * s[0] * s[2], s[1] * s[2] * w[4]]
+        return _un(np.array(psi), d) * same
+
+    start = [*np.log(Dense(fit, "un(visit | id)", d, None).psi[:3]), 0.6, 0.6]
+    for end in got.loc["rho[0,2]"].iloc[1:]:
+        assert excess(fit, lambda w, e=end: V(w, e), start) == pytest.approx(q, abs=1e-3)
+    other = d.assign(visit=d["visit"].map({0: 2, 1: 0, 2: 1}))
+    moved = lmm.Model("y ~ x + factor(visit)", other, residual="un(visit | id)").fit()
+    turned = moved.confint("profile", parm="rho[1,2]").iloc[0]
+    np.testing.assert_allclose(turned, got.loc["rho[0,2]"], rtol=1e-5)
+    curve = fit.profile("rho[0,2]", points=5, level=0.9)
+    assert curve["zeta"].is_monotonic_increasing
+    z = stats.norm.ppf(0.95)
+    np.testing.assert_allclose(curve["zeta"].iloc[[0, -1]], [-z, z], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_profiles_end_at_the_ends_of_ranges() -> None:
+    fit = fitted("spexp(u | id, nugget=True)", "")
+    got = fit.confint("profile", parm=["range", "nugget"])
+    assert got.loc["range", "high"] == np.inf  # positions are noise: cs fits as well
+    cs = fitted("cs(1 | id)", "")
+    assert cs.deviance < fit.deviance + stats.chi2.ppf(0.95, 1)
+    rho = cs.confint("profile", parm="rho").iloc[0]
+    for end in rho[["low", "high"]]:
+        V = lambda w, e=end: np.exp(w[0]) * cs_correlation(e)  # noqa: E731
+        assert excess(cs, V, [np.log(cs.sigma**2)]) == pytest.approx(
+            stats.chi2.ppf(0.95, 1), abs=1e-4
+        )
+
+
+def cs_correlation(rho: float) -> np.ndarray:
+    d = visits()
+    same = d["id"].to_numpy()[:, None] == d["id"].to_numpy()
+    return np.where(same, rho, 0.0) + (1 - rho) * np.eye(len(d))
+
+
+@pytest.mark.slow
+def test_profile_of_fixed_effects_is_that_of_ml() -> None:
+    fit = fitted("ar1(visit | id)", "", method="ML")
+    low, high = fit.confint("profile", parm="x")[["low", "high"]].iloc[0]
+    d = visits()
+    for end in (low, high):
+        held = lmm.Model(
+            "y ~ factor(visit)", d.assign(y=d["y"] - end * d["x"]), residual="ar1(visit | id)"
+        ).fit(method="ML")
+        assert held.deviance - fit.deviance == pytest.approx(stats.chi2.ppf(0.95, 1), abs=1e-6)

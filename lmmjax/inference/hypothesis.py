@@ -176,16 +176,6 @@ def method(
     return Method(name, fit._beta, V, lambda L: np.full(len(L), value), lambda L: (value, 1.0))
 
 
-def refuse_structured(fit: Fit, what: str) -> None:
-    """Refuse what is derived for independent residuals only."""
-    if fit.model.is_structured:
-        raise LmmError(
-            f"{what} is not available with the residual structure {fit.model.residual}; expected "
-            "independent residuals. Use df='satterthwaite', which carries the uncertainty of the "
-            "residual parameters."
-        )
-
-
 def _kenward_roger(fit: Fit, information: str, second_order: bool) -> Method:
     a = fit._kenward_roger(information, second_order)
 

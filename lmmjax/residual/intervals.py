@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax.precision import in_float64
-from lmmjax.residual.structures import CompoundSymmetry
+from lmmjax.residual.structures import ARMA, CompoundSymmetry
 from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
@@ -126,6 +126,22 @@ def _test(chart: str, name: str, value: float, se: float, least: float) -> tuple
     if abs(value) >= 1:
         return value / se, "two-sided, against 0"
     return np.arctanh(value) * (1 - value**2) / se, "two-sided, Fisher's z against 0"
+
+
+def ends(fit: Fit, name: str) -> tuple[float, float]:
+    """Ends of the range of a reported residual parameter."""
+    residual, chart = fit.model.design.residual, _chart(name, fit)
+    assert residual is not None
+    if chart == "log":
+        return 0.0, np.inf
+    if chart == "identity":
+        return -np.inf, np.inf
+    if chart == "logit":
+        return 0.0, 1.0
+    family = residual.structure.family
+    if isinstance(family, ARMA) and (family.p if name.startswith("phi") else family.q) > 1:
+        return -np.inf, np.inf
+    return _least(family), 1.0
 
 
 def _least(family: Any) -> float:
