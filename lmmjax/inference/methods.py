@@ -410,6 +410,8 @@ class InferenceMethods(LikelihoodMethods):
     def variance_partition(self) -> pd.DataFrame:
         """Shares of the variance of a row: fixed part, each grouping factor, residual.
 
+        With unequal residual variances the residual's is their mean over the rows.
+
         Returns
         -------
         DataFrame
@@ -439,12 +441,9 @@ class InferenceMethods(LikelihoodMethods):
         """Intraclass correlation: ``adjusted`` for, and ``unadjusted`` for, the fixed part."""
         import pandas as pd
 
-        from lmmjax.inference.explained import shares
+        from lmmjax.inference.explained import intraclass
 
-        fixed, random, residual = shares(self._fit)
-        between = sum(random.values())
-        both = (between / (between + residual), between / (fixed + between + residual))
-        return pd.Series(both, index=["adjusted", "unadjusted"], name="icc")
+        return pd.Series(intraclass(self._fit), index=["adjusted", "unadjusted"], name="icc")
 
     # -- what the methods share -------------------------------------------------------------------
 
