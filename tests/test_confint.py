@@ -218,8 +218,6 @@ def test_wald_beside_a_residual_structure_equals_nlme() -> None:
     assert list(got.index) == [*expected, *model.design.x_names]
     for name, limits in expected.items():
         np.testing.assert_allclose(got.loc[name, ["low", "high"]], limits, rtol=2e-3)
-    with pytest.raises(lmm.LmmError, match="residual structure"):
-        model.fit().confint("profile")
 
 
 def test_zeta_crosses_the_normal_quantile_at_the_limits() -> None:

@@ -3,7 +3,8 @@ r"""Wald tests of variance components.
 The covariance of (ω̂, σ̂²), the variances and covariances of linear.py, is the inverse of half the
 Hessian of the fitted criterion (observed information, as SAS's COVTEST), z = estimate / SE. A
 variance cannot be negative, so its p-value is one-sided; that of a covariance is two-sided. Near
-the boundary the normal approximation is poor, at it void: every row says so in words.
+the boundary the normal approximation is poor, at it void: every row says so in words. Parameters of
+a residual structure follow, tested on the scales of residual/intervals.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.inference.linear import tangent
+from lmmjax.inference.variances import observed_information
+from lmmjax.residual.intervals import tests
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,20 +55,27 @@ def wald(fit: Fit) -> pd.DataFrame:
     p = np.where(two_sided, 2 * stats.norm.sf(np.abs(z)), stats.norm.sf(z))
     frame = pd.DataFrame([c[:3] for c in parts], columns=["group", "term1", "term2"])
     caveat = [c.caveat for c in parts]
-    return frame.assign(estimate=estimate, std_error=se, statistic=z, p_value=p, caveat=caveat)
+    frame = frame.assign(estimate=estimate, std_error=se, statistic=z, p_value=p, caveat=caveat)
+    if not fit.model.is_structured:
+        return frame
+    more = tests(fit).rename_axis("term1").reset_index()
+    more.insert(0, "group", "Residual")
+    more.insert(2, "term2", None)
+    return pd.concat([frame, more], ignore_index=True)
 
 
 def parameter_covariance(fit: Fit) -> np.ndarray:
-    """Covariance of (σ̂², ω̂) in the standardised problem, relative to σ̂⁴: (1 + K, 1 + K)."""
-    e, d, sigma2 = fit._variance_tables
-    second = fit._second_tables
-    more = None if second is None else kr.curvature(e, second, d.along, sigma2, fit.method)
-    T = kr.to_sigma2(d.along)
-    return T @ kr.inverse(kr.observed_information(e, sigma2, fit.method, more)) @ T.T
+    """Covariance of (σ̂², ω̂, φ̂) in the standardised problem, in units of σ̂²: (1 + K, 1 + K).
+
+    σ̂² is that of the residual source, see :class:`lmmjax.residual.structures.Variances`.
+    """
+    T = kr.to_sigma2(fit._variance_tables[1].along)
+    return T @ kr.inverse(observed_information(fit)) @ T.T
 
 
 def components(fit: Fit) -> list[Component]:
     """All variances and covariances in the order of ``varcorr``, in the units of the data."""
+    sigma2 = (fit.sigma / fit._residual_sd) ** 2
     model = fit.model
     structures, terms = model._plan.layout.structures, model.design.terms
     lams = model._factors(fit._theta_s)
@@ -73,18 +83,22 @@ def components(fit: Fit) -> list[Component]:
     ends = 1 + np.cumsum([0, *(len(t.first) for t in tangents)])
     out = []
     for k, (term, t, cov) in enumerate(zip(terms, tangents, fit._term_covs(), strict=True)):
-        moved = fit.sigma**2 * model._units.B[k] @ t.first @ model._units.B[k].T
+        moved = sigma2 * model._units.B[k] @ t.first @ model._units.B[k].T
         S, singular = len(cov), _singular(lams[k])
         pairs = [(i, i) for i in range(S)]
         pairs += [(i, j) for i in range(S) for j in range(i + 1, S) if np.any(moved[:, i, j])]
         for i, j in pairs:
-            row = np.zeros(ends[-1])
+            row = np.zeros(ends[-1] + len(fit.phi))
             row[ends[k] : ends[k + 1]] = moved[:, i, j]
             caveat = BOUNDARY if singular else (VARIANCE if i == j else COVARIANCE)
             other = None if i == j else term.names[j]
             out.append(Component(term.group, term.names[i], other, cov[i, j], row, caveat))
-    residual = np.zeros(ends[-1])
+    residual = np.zeros(ends[-1] + len(fit.phi))
     residual[0] = fit.sigma**2
+    if model.design.residual is not None:
+        structure = model.design.residual.structure
+        shifts = np.asarray(structure.variances.shifts, float)
+        residual[ends[-1] + structure.n_corr :] = 2 * fit.sigma**2 * shifts
     return [*out, Component("Residual", None, None, fit.sigma**2, residual, RESIDUAL)]
 
 

@@ -161,7 +161,6 @@ def method(
     if name == "containment" and not fit.model.is_mixed:
         name = "residual"  # without grouping factors there is one stratum
     if name == "kenward-roger":
-        refuse_structured(fit, f"df={name!r}")
         return _kenward_roger(fit, information, second_order)
     if name == "satterthwaite":
         degrees = fit._satterthwaite
@@ -175,16 +174,6 @@ def method(
         return _by_column(fit, V)
     value = np.inf if name == "wald" else float(fit.n_obs - len(fit._beta))
     return Method(name, fit._beta, V, lambda L: np.full(len(L), value), lambda L: (value, 1.0))
-
-
-def refuse_structured(fit: Fit, what: str) -> None:
-    """Refuse what is derived for independent residuals only."""
-    if fit.model.is_structured:
-        raise LmmError(
-            f"{what} is not available with the residual structure {fit.model.residual}; expected "
-            "independent residuals. Use df='satterthwaite', which carries the uncertainty of the "
-            "residual parameters."
-        )
 
 
 def _kenward_roger(fit: Fit, information: str, second_order: bool) -> Method:

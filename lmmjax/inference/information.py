@@ -12,7 +12,8 @@ T = Z'V⁻¹[X y],
 information need. With one factor eliminated level by level they have closed forms in the pieces of
 derivatives.py; for deeper chains the elimination is written in Σ instead of its factor Λ, which
 keeps it differentiable where Σ is singular, and differentiated twice. No n x n or q x q matrix is
-formed either way.
+formed either way. Residual parameters enter as directions of R, through the expansion of the
+cross-products in a linear path of R (residual/expansion.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lmmjax import cross as cr
 from lmmjax import derivatives as dv
 from lmmjax import likelihood as lk
 from lmmjax.gram import Gram, Layout, Rhs
+from lmmjax.residual.expansion import Direction, Expansion, place
 
 
 class Tables(NamedTuple):
@@ -47,6 +49,7 @@ def tables(
     rhs: Rhs,
     sigmas: list[jax.Array],
     E: list[jax.Array],
+    residual: Expansion | None = None,
 ) -> Tables:
     """The tables at θ for directions ``E``, one (K, S, S) array a factor, chain first.
 
@@ -54,6 +57,8 @@ def tables(
     ----------
     sigmas : list of (S, S) arrays
         Σ per factor at θ (chain first).
+    residual : Expansion, optional
+        Of the residual covariance: its parameters follow those of ``E``.
 
     Returns
     -------
@@ -62,11 +67,11 @@ def tables(
     Notes
     -----
     One factor in the chain: O(J (K S m² + d² S²) + K² (d + m)³) with d columns in the core. Deeper
-    chains: K² times the elimination.
+    chains, and residual parameters: K² times the elimination.
     """
-    if dv.has_closed_form(layout):
+    if residual is None and dv.has_closed_form(layout):
         return _closed_form(layout, theta, gram, rhs, E)
-    return by_autodiff(layout, gram, rhs, sigmas, E)
+    return by_autodiff(layout, gram, rhs, sigmas, E, residual)
 
 
 # -- closed forms for one factor in the chain --------------------------------------------------
@@ -148,24 +153,64 @@ _EMPTY = ((1, 0), (2, 0), (1, 1), (2, 1))
 
 
 def by_autodiff(
-    layout: Layout, gram: Gram, rhs: Rhs, sigmas: list[jax.Array], E: list[jax.Array]
+    layout: Layout,
+    gram: Gram,
+    rhs: Rhs,
+    sigmas: list[jax.Array],
+    E: list[jax.Array],
+    residual: Expansion | None = None,
 ) -> Tables:
-    """The same tables by differentiating :func:`reduce_sigmas` along the directions."""
-    if not E:
-        _, S = reduce_sigmas(layout, [], gram, rhs)
-        none = [jnp.zeros((*(0,) * k, *S.shape[: m * 2]), S.dtype) for k, m in _EMPTY]
+    """The same tables by differentiating :func:`reduce_sigmas` along the directions.
+
+    ``residual``, made at the φ of ``gram`` and ``rhs``, adds those of the residual parameters
+    behind ``E``: its first derivatives are a path on which cross-products are linear, and what
+    their second derivatives add enters as directions of its own.
+    """
+    K = E[0].shape[0] if E else 0
+    k = 0 if residual is None else residual.first[0].core.shape[0]
+    if K + k == 0:
+        _, S = reduce_sigmas(layout, sigmas, gram, rhs)
+        none = [jnp.zeros((*(0,) * i, *S.shape[: m * 2]), S.dtype) for i, m in _EMPTY]
         return Tables(S, *none)
-    K = E[0].shape[0]
 
     def f(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        moved = [s + jnp.tensordot(w, e, 1) for s, e in zip(sigmas, E, strict=True)]
-        return reduce_sigmas(layout, moved, gram, rhs)
+        moved = [s + jnp.tensordot(w[:K], e, 1) for s, e in zip(sigmas, E, strict=True)]
+        at = (gram, rhs) if residual is None else move(gram, rhs, residual.first, w[K:])
+        return reduce_sigmas(layout, moved, *at)
 
-    at = jnp.zeros(K, E[0].dtype)
+    at = jnp.zeros(K + k, rhs.core.dtype)
     logdet1, S1 = jax.jacfwd(f)(at)
     logdet2, S2 = jax.jacfwd(jax.jacfwd(f))(at)
-    S2 = 0.5 * jnp.moveaxis(S2, (2, 3), (0, 1))
-    return Tables(f(at)[1], logdet1, -logdet2, -jnp.moveaxis(S1, -1, 0), S2)
+    S2 = jnp.moveaxis(S2, (2, 3), (0, 1))
+    if residual is not None:
+        logs, more = along(layout, gram, rhs, sigmas, residual.second)
+        pair = place(k)
+        logdet2, S2 = logdet2.at[K:, K:].add(logs[pair]), S2.at[K:, K:].add(more[pair])
+    return Tables(f(at)[1], logdet1, -logdet2, -jnp.moveaxis(S1, -1, 0), 0.5 * S2)
+
+
+def move(gram: Gram, rhs: Rhs, directions: Direction, by: jax.Array) -> tuple[Gram, Rhs]:
+    """Cross-products moved along directions with a leading axis, or along one by a number."""
+    d_gram, d_rhs = directions
+    add = lambda a, b: a + jnp.tensordot(by, b, jnp.ndim(by))  # noqa: E731
+    names = ("own", "up", "border", "core", "logdet_R")
+    moved = {n: jax.tree.map(add, getattr(gram, n), getattr(d_gram, n)) for n in names}
+    return gram._replace(**moved), jax.tree.map(add, rhs, d_rhs)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def along(
+    layout: Layout, gram: Gram, rhs: Rhs, sigmas: list[jax.Array], directions: Direction
+) -> tuple[jax.Array, jax.Array]:
+    """Derivatives of log|V| and S along directions of the cross-products with a leading axis."""
+
+    def one(direction: Direction) -> tuple[jax.Array, jax.Array]:
+        def f(by: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return reduce_sigmas(layout, sigmas, *move(gram, rhs, direction, by))
+
+        return jax.jvp(f, (jnp.zeros((), rhs.core.dtype),), (jnp.ones((), rhs.core.dtype),))[1]
+
+    return jax.vmap(one)(directions)
 
 
 def reduce_sigmas(

@@ -18,6 +18,7 @@ that span: V itself stands for the residual variance, for which all tables are k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -128,7 +129,10 @@ def inverse(information: np.ndarray) -> np.ndarray:
 
 
 def adjust(
-    e: Extended, sigma2: float, information: np.ndarray, R: np.ndarray | None = None
+    e: Extended,
+    sigma2: float,
+    information: np.ndarray,
+    curved: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Adjustment:
     """Φ, Φ_A and what the tests need, in units where σ² has the value ``sigma2``.
 
@@ -138,26 +142,27 @@ def adjust(
     sigma2 : float
     information : (1 + K, 1 + K)
         In units of σ² = 1, for the parameters (V, ω).
-    R : (1 + K, 1 + K, p, p), optional
-        R_ij of structures that are not linear, in the same parameters; see :func:`second_order`.
+    curved : callable, optional
+        W -> Σ_ij W_ij R_ij (p, p) of structures that are not linear, W for the parameters (V, ω);
+        see :func:`second_order`.
     """
     p, W = e.p, inverse(information)
     S1, S2 = e.S1[:, :p, :p], e.S2[:, :, :p, :p]
     inner = np.einsum("ij,ijab->ab", W, S2)
     inner = inner - np.einsum("ij,iab,bc,jcd->ad", W, S1, e.M, S1, optimize=True)
-    if R is not None:
-        inner = inner - 0.25 * np.einsum("ij,ijab->ab", W, R)
+    if curved is not None:
+        inner = inner - 0.25 * curved(W)
     adjusted = e.M + 2 * e.M @ inner @ e.M
     slopes = -e.M @ S1 @ e.M
     return Adjustment(sigma2 * e.M, sigma2 * 0.5 * (adjusted + adjusted.T), sigma2 * slopes, W)
 
 
-def second_order(second: Tables, along: np.ndarray) -> np.ndarray:
-    """R_ij = X'V⁻¹(∂²V/∂ω_i∂ω_j)V⁻¹X in the parameters (V, ω), (1 + K, 1 + K, p, p)."""
+def second_order(second: Tables, along: np.ndarray, W: np.ndarray) -> np.ndarray:
+    """Σ_ij W_ij X'V⁻¹(∂²V/∂ω_i∂ω_j)V⁻¹X for W of the parameters (V, ω), (p, p)."""
     K, m = len(along), second.S1.shape[-1]
     R = np.asarray(second.S1).reshape(K, K, m, m)[..., : m - 1, : m - 1]
     T = to_sigma2(along)[1:]
-    return np.einsum("ki,klab,lj->ijab", T, R, T, optimize=True)
+    return np.einsum("kl,klab->ab", T @ W @ T.T, R)
 
 
 def change_units(a: Adjustment, back: np.ndarray) -> Adjustment:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import estimate
 from lmmjax.errors import LmmError
-from lmmjax.inference import hypothesis
+from lmmjax.inference import hypothesis, variances
 from lmmjax.inference import kenward_roger as kr
-from lmmjax.inference.information import Tables, tables
+from lmmjax.inference.information import Tables
 from lmmjax.inference.likelihood_methods import LikelihoodMethods
-from lmmjax.inference.linear import Directions, directions
+from lmmjax.inference.linear import Directions
 from lmmjax.precision import in_float64
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from lmmjax.inference.containment import Containment
     from lmmjax.inference.robust import Sandwich
+    from lmmjax.residual.source import Source
 
 
 class InferenceMethods(LikelihoodMethods):
@@ -56,11 +57,14 @@ class InferenceMethods(LikelihoodMethods):
         information : {"expected", "observed"}, optional
             For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's.
         second_order : bool
-            For Kenward-Roger: include the second derivatives of V. They are zero for all structures
-            but ``cs`` with own variances, since V is linear in variances and covariances.
+            For Kenward-Roger: include the second derivatives of V (mmrm's "Kenward-Roger") or not
+            ("Kenward-Roger-Linear", SAS's FIRSTORDER). They depend on the parametrisation, which is
+            SAS's, and vanish where V is linear in variances and covariances: all structures of
+            random terms but ``cs`` with own variances; of residuals ``cs toep symm un varident``
+            (:mod:`lmmjax.residual.parameters`).
         group : str or array (n_obs,), optional
-            For the sandwich: independent groups; by default the outermost grouping factor, rows in
-            a linear model.
+            For the sandwich: independent groups; by default the outermost grouping factor or
+            residual subject, rows in a linear model.
         correction : {"CR0", "CR1", "CR2"}
             For the sandwich; CR2 is unbiased under the model.
 
@@ -123,13 +127,23 @@ class InferenceMethods(LikelihoodMethods):
         """
         fit = self._fit
         p, names = len(fit._beta), list(fit.model.design.x_names)
+        m = self._method(df, information, second_order, vcov, group, correction)
+        return hypothesis.t_table(m, np.eye(p), np.zeros(p), names, level)
+
+    def _method(
+        self,
+        df: str | None,
+        information: str | None,
+        second_order: bool,
+        vcov: str | None,
+        group: Any,
+        correction: str,
+    ) -> hypothesis.Method:
         if vcov not in (None, "model", "robust"):
             raise LmmError(f"vcov={vcov!r} is unknown; expected 'model' or 'robust'.")
         if vcov == "robust":
-            m = self._robust_method(df, group, correction)
-        else:
-            m = hypothesis.method(fit, df, information, second_order)
-        return hypothesis.t_table(m, np.eye(p), np.zeros(p), names, level)
+            return self._robust_method(df, group, correction)
+        return hypothesis.method(self._fit, df, information, second_order)
 
     def _robust_method(self, df: str | None, group: Any, correction: str) -> hypothesis.Method:
         s = self._sandwich(group, correction)
@@ -143,7 +157,7 @@ class InferenceMethods(LikelihoodMethods):
             return np.full(len(L), np.inf) if df == "wald" else s.degrees(L)
 
         def joint(L: np.ndarray) -> tuple[float, float]:
-            raise LmmError("joint tests with a robust covariance are not available.")
+            return (np.inf, 1.0) if df == "wald" else s.joint(L)
 
         return hypothesis.Method("robust", self._fit._beta, s.vcov, degrees, joint)
 
@@ -159,6 +173,9 @@ class InferenceMethods(LikelihoodMethods):
         information: str | None = None,
         second_order: bool = True,
         level: float = 0.95,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """Test linear hypotheses Lβ = rhs about the fixed effects.
 
@@ -176,6 +193,9 @@ class InferenceMethods(LikelihoodMethods):
             One F test of all rows, or a t test a row.
         level : float
             Of the intervals with ``joint=False``.
+        vcov, group, correction
+            As :meth:`coef_table`; several rows by the approximate Hotelling T² of Pustejovsky and
+            Tipton (2018), HTZ in clubSandwich.
 
         Returns
         -------
@@ -191,7 +211,7 @@ class InferenceMethods(LikelihoodMethods):
         from lmmjax.inference.estimable import hypotheses
 
         h = hypotheses(self._fit.model.design, L, rhs)
-        m = hypothesis.method(self._fit, df, information, second_order)
+        m = self._method(df, information, second_order, vcov, group, correction)
         if not joint:
             return hypothesis.t_table(m, h.L, h.rhs, h.names, level)
         return hypothesis.f_frame({"; ".join(h.names): m.f_test(h.L, h.rhs)}, scaling=True)
@@ -203,6 +223,9 @@ class InferenceMethods(LikelihoodMethods):
         *,
         information: str | None = None,
         second_order: bool = True,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """F tests of the fixed terms.
 
@@ -213,6 +236,8 @@ class InferenceMethods(LikelihoodMethods):
             sum-to-zero coding whatever the contrasts in use.
         df, information, second_order
             See the class and :meth:`vcov`.
+        vcov, group, correction
+            As :meth:`test`.
 
         Returns
         -------
@@ -228,7 +253,7 @@ class InferenceMethods(LikelihoodMethods):
         from lmmjax.inference import anova
 
         fit = self._fit
-        m = hypothesis.method(fit, df, information, second_order)
+        m = self._method(df, information, second_order, vcov, group, correction)
         by_term = anova.hypotheses(fit, type)
         tests = {t: m.f_test(L, np.zeros(len(L))) for t, L in by_term.items()}
         if m.name == "containment":
@@ -367,7 +392,7 @@ class InferenceMethods(LikelihoodMethods):
     # -- variances --------------------------------------------------------------------------------
 
     def variance_tests(self) -> pd.DataFrame:
-        """Wald tests of the variance components.
+        """Wald tests of the variance components and the residual parameters.
 
         Returns
         -------
@@ -375,6 +400,8 @@ class InferenceMethods(LikelihoodMethods):
             ``group term1 term2 estimate std_error statistic p_value caveat``, rows as
             :meth:`lmmjax.Fit.varcorr`: variances (one-sided) and covariances (two-sided) with SEs
             from the observed information. On the boundary z and p are NaN, and the caveat says so.
+            Then :meth:`lmmjax.Fit.residual_params` under ``term1``, two-sided on the scale that the
+            caveat names: no correlation, equal SDs, δ = 0; NaN where the null is no inner point.
         """
         from lmmjax.inference.components import wald
 
@@ -382,6 +409,8 @@ class InferenceMethods(LikelihoodMethods):
 
     def variance_partition(self) -> pd.DataFrame:
         """Shares of the variance of a row: fixed part, each grouping factor, residual.
+
+        With unequal residual variances the residual's is their mean over the rows.
 
         Returns
         -------
@@ -412,12 +441,9 @@ class InferenceMethods(LikelihoodMethods):
         """Intraclass correlation: ``adjusted`` for, and ``unadjusted`` for, the fixed part."""
         import pandas as pd
 
-        from lmmjax.inference.explained import shares
+        from lmmjax.inference.explained import intraclass
 
-        fixed, random, residual = shares(self._fit)
-        between = sum(random.values())
-        both = (between / (between + residual), between / (fixed + between + residual))
-        return pd.Series(both, index=["adjusted", "unadjusted"], name="icc")
+        return pd.Series(intraclass(self._fit), index=["adjusted", "unadjusted"], name="icc")
 
     # -- what the methods share -------------------------------------------------------------------
 
@@ -456,32 +482,19 @@ class InferenceMethods(LikelihoodMethods):
 
         return containment(self._fit.model.design)
 
-    @in_float64
-    def _tables(self, d: Directions, E: list[np.ndarray]) -> Tables:
-        """Derivatives along ``E``; see information.py."""
-        fit = self._fit
-        the_gram, rhs = fit._products
-        theta = jnp.asarray(fit._theta_s)
-        found = tables(fit.model._plan.layout, theta, the_gram, rhs, d.sigmas, E)
-        return jax.tree.map(np.asarray, found)
+    @cached_property
+    def _residual_source(self) -> Source | None:
+        return variances.source(self._fit)
 
     @cached_property
     def _variance_tables(self) -> tuple[kr.Extended, Directions, float]:
-        """Tables for (V, ω), the directions, and σ̂², all in standardised units."""
-        fit = self._fit
-        hypothesis.refuse_structured(fit, "a table of derivatives in the variances")
-        model = fit.model
-        d = directions(model._plan.layout, model._factors(fit._theta_s))
-        sigma2 = (fit.sigma / model._units.scale) ** 2
-        return kr.extend(self._tables(d, d.first), float(fit.n_obs)), d, sigma2
+        """Tables for (V, ω, φ), the directions, and σ̂², all in standardised units."""
+        return variances.variance_tables(self._fit)
 
     @cached_property
     def _second_tables(self) -> Tables | None:
         """Tables for the directions ∂²Σ/∂ω_i∂ω_j; None where Σ is linear in ω."""
-        d = self._variance_tables[1]
-        if not d.nonlinear:
-            return None
-        return self._tables(d, [E.reshape(-1, *E.shape[2:]) for E in d.second])
+        return variances.second_tables(self._fit)
 
     @cached_property
     def _adjustments(self) -> dict[tuple[str, bool], kr.Adjustment]:
@@ -491,16 +504,14 @@ class InferenceMethods(LikelihoodMethods):
         """The adjustment in the units of the data, made once for each choice."""
         key = (information, second_order)
         if key not in self._adjustments:
-            e, d, sigma2 = self._variance_tables
-            second = self._second_tables if second_order or information == "observed" else None
+            fit, (e, _, sigma2) = self._fit, self._variance_tables
             if information == "expected":
                 info = kr.expected_information(e)
             else:
-                more = kr.curvature(e, second, d.along, sigma2, "REML") if second else None
-                info = kr.observed_information(e, sigma2, "REML", more)
-            R = kr.second_order(second, d.along) if second and second_order else None
-            units = self._fit.model._units
-            a = kr.adjust(e, sigma2, info, R)
+                info = variances.observed_information(fit)
+            curved = functools.partial(variances.second_order, fit) if second_order else None
+            units = fit.model._units
+            a = kr.adjust(e, sigma2, info, curved)
             self._adjustments[key] = kr.change_units(a, units.scale * units.A)
         return self._adjustments[key]
 

@@ -3,6 +3,7 @@ r"""Whether one fit is nested in another: judged on the spans of X and Z, never 
 Two models of the same response are nested if the columns of X of the smaller lie in the span of
 those of the larger, and if every covariance of the smaller's random effects is one of the larger's:
 for each grouping of the rows Z_small = Z_big C, and C Σ C' is a member of the larger's family.
+Residual structures: :func:`lmmjax.residual.checks.contains`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 from lmmjax.covariance import covariance
 from lmmjax.errors import ComparisonError
+from lmmjax.residual.checks import contains
 
 if TYPE_CHECKING:
     from lmmjax.fit import Fit
@@ -237,10 +239,13 @@ def _refuse(term: Any, why: str) -> NoReturn:
 
 
 def _check_residuals(small: Model, big: Model) -> None:
-    if not small.is_structured or small.residual == big.residual:
+    own, other = small.design.residual, big.design.residual
+    if own is None or small.residual == big.residual:
+        return
+    if other is not None and contains(other, own):
         return
     raise ComparisonError(
         f"found residual structures {small.residual!r} and {big.residual!r}; expected independent "
-        "residuals in the first model or the same structure in both, the cases of nesting that can "
-        "be told. Compare them by aic_table."
+        "residuals in the first model, the same structure in both, or one that the second's "
+        "contains (ar1 in toep in un, for instance). Compare them by aic_table."
     )

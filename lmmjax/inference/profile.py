@@ -11,6 +11,12 @@ unconstrained problem, smooth up to and at v = 0 and r = ±1. A fixed effect β_
 (β̂_j - t)² / [(X'V⁻¹X)⁻¹]_jj to r². M, m and the rest are arrays, so one compiled program serves all
 parameters of a model, and of all models of its shape. The criterion is that of likelihood.py.
 
+Residual parameters φ join w, and σ is then that of the row it refers to. What is reported of them,
+g(φ) on an unbounded scale, is held by a penalty κ(g(φ) - t)²: its optimum is a point of the
+profile, at g(φ) and with the criterion there. So limits are sought in t; for a profile at given
+values t moves until g(φ) is the value (the method of multipliers). This serves every structure,
+whatever g depends on; ends of its range are approached, not evaluated.
+
 The limits are where -2 log L exceeds its minimum by the quantile of χ²(1), walked to from the
 estimate in steps and then found by Brent's method: the interval around the estimate, also where the
 profile is not monotone further out. Where a boundary is reached first, it is the limit.
@@ -32,6 +38,8 @@ from lmmjax.covariance import Unstructured
 from lmmjax.errors import ComparisonError, LmmError
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import in_float64
+from lmmjax.residual.intervals import ends
+from lmmjax.residual.source import Source
 from lmmjax.threads import one_blas_thread
 
 if TYPE_CHECKING:
@@ -41,9 +49,15 @@ if TYPE_CHECKING:
 #: columns of Z in a dense core, above which Hessians by automatic differentiation take minutes
 MOST = 300
 
+#: κ of a residual parameter times its squared standard error, and targets until its value is met
+STIFF, MOST_TARGETS = 1e3, 40
+
+#: Newton steps, and the decrease still promised at which to stop short of convergence
+MOST_STEPS, FLAT = 100, 1e-6
+
 
 class Held(NamedTuple):
-    """What is held fixed, as arrays; w = (n_theta + 1,) with log σ, unless fixed, last."""
+    """What is held fixed, as arrays; w = (n_theta + 1 + n_phi,): θ, log σ unless fixed, φ."""
 
     M: Any  # (n_theta, n_theta + 1)
     squared: Any  # (n_theta + 1,), 1 where w enters as its square: SDs that must not change sign
@@ -55,17 +69,42 @@ class Held(NamedTuple):
     value: Any  # of beta'β
     reml: Any  # 1 or 0
     units: Any  # per term (S, S): B⁻¹ P' D
+    natural: Any  # (n_phi,), 1 for the residual parameter that is held
+    ends: Any  # (2,), of its range
+    target: Any  # t
+    penalty: Any  # κ, 0 where no residual parameter is held
 
 
-def criterion(layout: Layout, w: jax.Array, held: Held, gram: Gram, rhs: Rhs) -> jax.Array:
-    """-2 log-likelihood in standardised units at free parameters w."""
+Products = tuple[Gram, Rhs] | Source
+
+
+def unbounded(value: Any, ends: Any) -> jax.Array:
+    """logit on a finite range, log above a finite end, else the value itself."""
+    low, high = jnp.asarray(ends)
+    above = jnp.maximum(jnp.where(jnp.isfinite(low), value - low, 1.0), 1e-300)
+    below = jnp.maximum(jnp.where(jnp.isfinite(high), high - value, 1.0), 1e-300)
+    return jnp.where(jnp.isfinite(low), jnp.log(above) - jnp.log(below), value)
+
+
+def criterion(layout: Layout, w: jax.Array, held: Held, products: Products) -> jax.Array:
+    """-2 log-likelihood in standardised units at free parameters w, with the penalty."""
+    w, phi = jnp.split(w, [layout.n_theta + 1])
     log_sigma = held.log_sigma + held.free_sigma * w[-1]
+    excess = jnp.zeros((), w.dtype)
+    if isinstance(products, tuple):
+        gram, rhs = products
+    else:
+        structure = products.structure
+        log_sigma = log_sigma - jnp.log(structure.variances.reference(phi[structure.n_corr :]))
+        gram, rhs = products.gram(phi)
+        g = unbounded(held.natural @ structure.natural(phi), held.ends)
+        excess = held.penalty * (g - held.target) ** 2
     entering = jnp.where(held.squared > 0, w**2, w)
     theta = held.M @ entering + held.constant + held.along * jnp.exp(-log_sigma)
     s2 = jnp.exp(2 * log_sigma)
     red = lk.reduce(layout, theta, gram, rhs, held.units)
     both = [lk.deviance(red, method, s2) for method in ("ML", "REML")]
-    value = both[0] + held.reml * (both[1] - both[0])
+    value = both[0] + held.reml * (both[1] - both[0]) + excess
     if red.p == 0:
         return value
     half = jax.scipy.linalg.solve_triangular(red.L_X, held.beta, lower=True)
@@ -76,20 +115,27 @@ def criterion(layout: Layout, w: jax.Array, held: Held, gram: Gram, rhs: Rhs) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def minimise(
-    layout: Layout, w: jax.Array, held: Held, gram: Gram, rhs: Rhs
+    layout: Layout, w: jax.Array, held: Held, products: Products
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Optimum over w: its place, its value and its status."""
+    """Optimum over w: its place, its value and its status.
+
+    On a plateau, where a parameter runs off to infinity, the last gains are small and many: what is
+    promised to be within :data:`FLAT` of the optimum is one.
+    """
 
     def slope(w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        value, gradient = jax.value_and_grad(criterion, argnums=1)(layout, w, held, gram, rhs)
+        value, gradient = jax.value_and_grad(criterion, argnums=1)(layout, w, held, products)
         return gradient, (value, gradient)
 
     def vgh(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         hessian, (value, gradient) = jax.jacfwd(slope, has_aux=True)(w)
         return value, gradient, hessian
 
-    best = optimize.newton(vgh, w)
-    return best.theta, best.value, best.status
+    best = optimize.newton(vgh, w, max_iter=MOST_STEPS)
+    e, Q = jnp.linalg.eigh(best.hessian)
+    promised = 0.5 * jnp.sum((Q.T @ best.gradient) ** 2 / jnp.maximum(jnp.abs(e), 1e-12))
+    flat = (best.status == optimize.MAX_ITERATIONS) & (promised < FLAT)
+    return best.theta, best.value, jnp.where(flat, optimize.CONVERGED, best.status)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -104,10 +150,21 @@ class Parameter(NamedTuple):
     estimate: float
     low: float  # ends of its range
     high: float
-    step: float  # a first step away from the estimate
+    step: float  # a first step away from the estimate, of residual parameters on `scale`
     hold: Callable[[float], Held]
     start: Callable[[], np.ndarray]
     sds: tuple[str, ...] = ()  # of a correlation: the SDs without which it has no meaning
+    reported: Callable[[np.ndarray], float] | None = None  # of a residual parameter: g(w)
+
+    def scale(self, value: float) -> float:
+        """A residual parameter on its unbounded scale."""
+        return float(unbounded(value, (self.low, self.high)))
+
+    def is_end(self, value: float, end: float) -> bool:
+        """Whether a residual parameter has come so near to an end that it is the limit."""
+        if np.isinf(end):
+            return abs(value) > 1e5 * abs(self.estimate)
+        return abs(value - end) < 1e-5 * abs(self.estimate - end)
 
 
 class Profiler:
@@ -129,22 +186,46 @@ class Profiler:
 
     def deviance(self, parameter: Parameter, value: float, w: np.ndarray) -> tuple[float, Any]:
         """Profiled -2 log-likelihood at ``value``, and where it was found, from the start ``w``."""
-        products = self.fit.model._on_device
-        held = jax.tree.map(lambda a: np.asarray(a, float), parameter.hold(value))
-        place, found, status = jax.device_get(minimise(self.layout, w, held, *products))
+        if parameter.reported is None:
+            return self.pull(parameter, value, w)
+        wanted = target = parameter.scale(value)
+        for _ in range(MOST_TARGETS):
+            found, place = self.pull(parameter, target, w)
+            miss = wanted - parameter.scale(parameter.reported(place))
+            if abs(miss) <= 1e-8 * parameter.step:
+                return found, place
+            target, w = target + miss, place
+        raise ComparisonError(
+            f"{parameter.name} could not be held at {value:.6g}; expected a value that the "
+            "structure can take. Use method='wald'."
+        )
+
+    def pull(self, parameter: Parameter, target: float, w: np.ndarray) -> tuple[float, Any]:
+        """The point of the profile at ``target``; of a residual parameter, somewhere before it."""
+        held = parameter.hold(target)
+        arrays, model = jax.tree.map(lambda a: np.asarray(a, float), held), self.fit.model
+        products = model._prepared[2] if model.is_structured else model._on_device
+        place, found, status = jax.device_get(minimise(self.layout, w, arrays, products))
         if status in (optimize.MAX_ITERATIONS, optimize.NOT_FINITE):
             raise ComparisonError(
-                f"the profile of {parameter.name} at {value:.6g}: {optimize.STATUS[int(status)]}; "
-                "expected an optimum. Use method='bootstrap' or 'wald'."
+                f"the profile of {parameter.name} at {target:.6g}: "
+                f"{optimize.STATUS[int(status)]}; expected an optimum. Use method='bootstrap' or "
+                "'wald'."
             )
-        return float(found) + self.constant, place
+        value = float(found) + self.constant
+        if parameter.reported is not None:
+            miss = parameter.scale(parameter.reported(place)) - target
+            value -= float(held.penalty) * miss**2
+        return value, place
 
     # -- variance parameters ----------------------------------------------------------------------
 
     def component(self, name: str) -> Parameter:
-        """The SD, correlation or σ of that name."""
+        """The SD, correlation, σ or residual parameter of that name."""
         if name == "sigma":
             return self._sigma()
+        if name in self.fit.model.phi_names:
+            return self._residual(name)
         terms = self.fit.model.design.terms
         for k, term in enumerate(terms):
             for i, j in components._places(len(term.names), term.cov):
@@ -218,6 +299,27 @@ class Profiler:
         sds = tuple(f"sd_{term.names[x]}|{term.group}" for x in (i, j))
         return Parameter(name, r, low, 1.0, step, hold, lambda: self._start(k, (j, i), r), sds)
 
+    def _residual(self, name: str) -> Parameter:
+        residual, span = self.fit.model.design.residual, ends(self.fit, name)
+        assert residual is not None
+        structure, k = residual.structure, self.layout.n_theta + 1
+        row = self.fit.residual_intervals().loc[name]
+        value, se = float(row["estimate"]), float(row["std_error"])
+        slope = float(jax.grad(unbounded)(value, np.array(span)))
+        step = slope * se if np.isfinite(se) and se > 0 else 1.0
+        natural = np.array(structure.names) == name
+        held = self._held(None, ())._replace(natural=natural, ends=span, penalty=STIFF / step**2)
+
+        @in_float64
+        def reported(w: np.ndarray) -> float:
+            return float(np.asarray(structure.natural(jnp.asarray(w[k:])))[natural][0])
+
+        def hold(target: float) -> Held:
+            return held._replace(target=target)
+
+        start = lambda: self._start(None, ())  # noqa: E731
+        return Parameter(name, value, *span, 0.5 * step, hold, start, (), reported)
+
     # -- fixed effects ----------------------------------------------------------------------------
 
     def coefficient(self, j: int) -> Parameter:
@@ -261,13 +363,14 @@ class Profiler:
         reml = float(self.fit.method == "REML")
         M = np.eye(n, n + 1)
         return Held(
-            M, np.zeros(n + 1), np.zeros(n), np.zeros(n), 0.0, 1.0, np.zeros(p), 0.0, reml, units
+            *(M, np.zeros(n + 1), np.zeros(n), np.zeros(n), 0.0, 1.0, np.zeros(p), 0.0, reml),
+            *(units, np.zeros(len(self.fit.phi)), np.array([-np.inf, np.inf]), 0.0, 0.0),
         )
 
     def _start(self, k: int | None, first: tuple[int, ...], r: float | None = None) -> np.ndarray:
         """w near the optimum, with no component at 0, where the gradient would vanish."""
         fit, pieces = self.fit, []
-        lams = fit.model._factors(fit.theta)
+        lams = [fit._residual_sd * lam for lam in fit.model._factors(fit.theta)]
         for m, (lam, s) in enumerate(zip(lams, self.layout.structures, strict=True)):
             order = self._order(m, first if m == k else ())
             theta = s.from_factor((lam / self._unit(m)[:, None])[order])
@@ -276,7 +379,9 @@ class Profiler:
                 # the coordinate of L_22 is now the second SD
                 pieces[-1][s.S] = np.hypot(theta[1], pieces[-1][s.S])
         w = np.concatenate([*pieces, [np.log(fit.sigma / self.scale)]])
-        return w if r is None or k is None else np.where(self._squared(k) > 0, np.sqrt(abs(w)), w)
+        if r is not None and k is not None:
+            w = np.where(self._squared(k) > 0, np.sqrt(abs(w)), w)
+        return np.concatenate([w, fit.phi])
 
     def _squared(self, k: int) -> np.ndarray:
         """Where w enters as a square while a correlation of term ``k`` is held."""
@@ -298,11 +403,6 @@ def _away(theta: np.ndarray, structure: Any) -> np.ndarray:
 
 
 def _check(fit: Fit) -> None:
-    if fit.model.is_structured:
-        raise LmmError(
-            "profile likelihoods are for independent residuals; found a residual structure. Use "
-            "method='wald', and residual_intervals()."
-        )
     d = fit.model._plan.layout.d
     if d > MOST:
         raise LmmError(
@@ -335,7 +435,8 @@ def limits(profiler: Profiler, parameter: Parameter, level: float) -> tuple[floa
         if profiler.deviance(sd, 0.0, sd.start())[0] <= top:
             return parameter.low, parameter.high
     with one_blas_thread():  # thousands of small factorisations: threads only get in their way
-        low, high = (_limit(profiler, parameter, top, sign) for sign in (-1.0, 1.0))
+        find = _limit if parameter.reported is None else _limit_of_reported
+        low, high = (find(profiler, parameter, top, sign) for sign in (-1.0, 1.0))
     return low, high
 
 
@@ -371,8 +472,39 @@ def _limit(profiler: Profiler, parameter: Parameter, top: float, sign: float) ->
         if at_end:
             return end
         inside, step = value, 1.6 * step
-    raise ComparisonError(
-        f"the profile of {parameter.name} stays below its limit up to {inside:.6g}; expected a "
+    raise _unbounded(parameter, inside)
+
+
+def _limit_of_reported(profiler: Profiler, parameter: Parameter, top: float, sign: float) -> float:
+    """The same for a residual parameter, sought in targets: each gives one point of the profile."""
+    from scipy.optimize import brentq
+
+    reported, end = parameter.reported, parameter.low if sign < 0 else parameter.high
+    assert reported is not None
+    place = warm = parameter.start()
+
+    def excess(target: float) -> float:
+        nonlocal place, warm
+        found, place = profiler.pull(parameter, target, warm)
+        warm = place if found < top else warm
+        return found - top
+
+    inside, step = parameter.scale(parameter.estimate), parameter.step
+    for _ in range(60):
+        target = inside + sign * step
+        if excess(target) > 0:
+            scale = max(abs(inside), abs(target))
+            excess(float(brentq(excess, inside, target, xtol=1e-10 * scale, rtol=1e-12)))
+            return reported(place)
+        if parameter.is_end(reported(place), end):
+            return end
+        inside, step = target, 1.6 * step
+    raise _unbounded(parameter, reported(place))
+
+
+def _unbounded(parameter: Parameter, reached: float) -> ComparisonError:
+    return ComparisonError(
+        f"the profile of {parameter.name} stays below its limit up to {reached:.6g}; expected a "
         "crossing. The data do not bound it: use method='wald' or simplify the model."
     )
 

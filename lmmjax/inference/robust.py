@@ -11,6 +11,17 @@ and B_i = D_i(V_i - X_iMX_i')D_i', which makes V_R unbiased if V_i is right (Bel
 A single coefficient l'β̂ has ν = (Σ λ)²/Σ λ² degrees of freedom, λ the eigenvalues of
 P_ij = h_i'(δ_ij V_i - X_iMX_j')h_j, h_i = A_iW_iX_iMl: the Satterthwaite approximation under V.
 Only tr P and |P|² are needed, so no groups x groups matrix is formed.
+
+Several rows at once are tested by Hotelling's T² approximation with Zhang's degrees of freedom
+(Pustejovsky and Tipton 2018, section 3.2): with Ω = E(LV_RL') under V, the standardised
+D = Ω^{-1/2}LV_RL'Ω^{-1/2} and η = q(q + 1)/Σ_st Var(D_st),
+
+    (η - q + 1)/(η q) (Lβ̂ - c)'(LV_RL')⁻¹(Lβ̂ - c) ~ F(q, η - q + 1),
+    Var(D_st) = Σ_ij (P_ij^ss P_ij^tt + P_ij^st P_ij^ts),
+
+P^st as P with h of the rows s and t of Ω^{-1/2}L. For one row η = ν.
+
+V is that of the model, structured residuals included; groups must contain whole subjects of them.
 """
 
 from __future__ import annotations
@@ -23,7 +34,7 @@ import numpy as np
 
 from lmmjax.errors import DataError, DesignError, LmmError
 from lmmjax.gram import LevelSums
-from lmmjax.inference.hypothesis import refuse_structured
+from lmmjax.residual.covariance import blocks
 
 if TYPE_CHECKING:
     from lmmjax.design import Design
@@ -48,6 +59,40 @@ class Sandwich:
         """Bell-McCaffrey degrees of freedom of each row of Lβ̂."""
         return np.array([self._one(row) for row in L] or np.zeros(0))
 
+    def joint(self, L: np.ndarray) -> tuple[float, float]:
+        """Denominator df and scaling of F for all rows of Lβ̂ at once (full rank).
+
+        Raises
+        ------
+        LmmError
+            Too few groups for the approximation: η < q.
+        """
+        q = len(L)
+        A = L @ self.M
+        omega = np.sum(self._pairs(A)[0] - self._pairs(A)[1], axis=0)
+        A = np.linalg.solve(np.linalg.cholesky(omega), A)
+        d, own, C = self._pairs(A)
+        CM = C @ self.M
+        F = np.einsum("ksi,ktj->stij", CM, C)
+        first = np.einsum("stij,tsji->st", F, F)
+        second = np.einsum("tsij,tsji->st", F, F)
+        dd, oo = (np.einsum("kss->ks", x) for x in (d, own))
+        first += dd.T @ dd - dd.T @ oo - oo.T @ dd
+        second += np.einsum("kst,kst->st", d, d - 2 * own)
+        eta = q * (q + 1) / float(np.sum(first + second))
+        if eta < q:
+            raise LmmError(
+                f"found {len(self.K)} groups, which give a robust test of {q} rows {eta:.1f} "
+                f"degrees of freedom; expected at least {q}. Test fewer rows, or leave out "
+                "vcov='robust'."
+            )
+        return eta - q + 1, (eta - q + 1) / eta
+
+    def _pairs(self, A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """h_s'V_ih_t, h_s'X_iMX_i'h_t (m, q, q) and X_i'h_s (m, q, p) for rows L M."""
+        C = np.einsum("kij,sj->ksi", self.K, A)
+        return A @ self.D @ A.T, C @ self.M @ np.swapaxes(C, 1, 2), C
+
     def _one(self, row: np.ndarray) -> float:
         a = self.M @ row
         d = np.einsum("i,kij,j->k", a, self.D, a)
@@ -65,7 +110,8 @@ def sandwich(fit: Fit, group: Any = None, correction: str = "CR2") -> Sandwich:
     Raises
     ------
     LmmError, DataError, DesignError
-        Unknown correction or group; a group that splits a level of a random effect.
+        Unknown correction or group; a group that splits a level of a random effect or a residual
+        subject.
 
     Notes
     -----
@@ -73,7 +119,6 @@ def sandwich(fit: Fit, group: Any = None, correction: str = "CR2") -> Sandwich:
     """
     if correction not in CORRECTIONS:
         raise LmmError(f"correction={correction!r} is unknown; expected one of {CORRECTIONS}.")
-    refuse_structured(fit, "a robust covariance")
     design = fit.model.design
     codes, m = clusters(design, group)
     if m < 2:
@@ -107,9 +152,7 @@ def _corrector(V: np.ndarray, X: np.ndarray, M: np.ndarray) -> np.ndarray:
 def _marginal(fit: Fit, rows: np.ndarray) -> np.ndarray:
     """V_i of groups of one size: (c, n) row numbers -> (c, n, n)."""
     design = fit.model.design
-    V = np.zeros((*rows.shape, rows.shape[1]))
-    at = np.arange(rows.shape[1])
-    V[:, at, at] = fit.sigma**2 / design.weights[rows]
+    V = fit.sigma**2 * blocks(design.residual, fit.phi, design.weights, rows)
     for term, cov in zip(design.terms, fit._term_covs(), strict=True):
         z, codes = term.z[rows], term.codes[rows]
         V += (codes[:, :, None] == codes[:, None]) * (z @ cov @ np.swapaxes(z, 1, 2))
@@ -133,32 +176,43 @@ def clusters(design: Design, group: Any) -> tuple[np.ndarray, int]:
     """Codes of the groups, whose rows may depend on each other, and their number."""
     codes, name = _codes(design, group)
     labels, codes = np.unique(codes, return_inverse=True)
-    for term in design.terms:
-        sums, J = LevelSums(term.codes, len(term.levels)), len(term.levels)
-        mean = sums(codes.astype(float)) / np.bincount(term.codes, minlength=J)
-        if not np.allclose(mean[term.codes], codes):
+    for inner, own, J in _factors(design):
+        sums = LevelSums(own, J)
+        mean = sums(codes.astype(float)) / np.bincount(own, minlength=J)
+        if not np.allclose(mean[own], codes):
             raise DesignError(
-                f"levels of {term.group} are spread over several groups of {name}, so the groups "
-                "are not independent; expected groups within which every random effect lies."
+                f"levels of {inner} are spread over several groups of {name}, so the groups "
+                "are not independent; expected groups within which every random effect and every "
+                "residual subject lies."
             )
     return codes, len(labels)
 
 
+def _factors(design: Design) -> list[tuple[str, np.ndarray, int]]:
+    """Name, codes and levels of all that makes rows dependent."""
+    found = [(t.group, t.codes, len(t.levels)) for t in design.terms]
+    r = design.residual
+    if r is not None and r.correlated:
+        found.append((r.subject_name or "all rows", r.subject, int(r.subject.max()) + 1))
+    return found
+
+
 def _codes(design: Design, group: Any) -> tuple[np.ndarray, str]:
     if group is None:
-        if not design.terms:
-            return np.arange(design.n), "rows"
-        outer = min(design.terms, key=lambda t: len(t.levels))
-        return outer.codes, outer.group
+        found = _factors(design)
+        name, codes, _ = (
+            min(found, key=lambda f: f[2]) if found else ("rows", np.arange(design.n), 0)
+        )
+        return codes, name
     if isinstance(group, str):
-        for term in design.terms:
-            if term.group == group:
-                return term.codes, group
+        for name, codes, _ in _factors(design):
+            if name == group:
+                return codes, group
         if group in design.columns:
             return np.unique(design.columns[group].astype(str), return_inverse=True)[1], group
         raise DataError(
             f"group={group!r} is not a grouping factor; expected one of "
-            f"{[t.group for t in design.terms]} or an array with a label for each row used."
+            f"{[f[0] for f in _factors(design)]} or an array with a label for each row used."
         )
     labels = np.asarray(group)
     if labels.shape != (design.n,):

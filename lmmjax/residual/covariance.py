@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -68,16 +69,25 @@ def correlate(r: Residuals | None, phi: np.ndarray) -> Any:
     return coloured
 
 
-@in_float64
 def block(
     r: Residuals | None, phi: np.ndarray, weights: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
     """Cov(ε) / σ² of some rows, (m, m): correlated within a residual subject, 0 across."""
+    return blocks(r, phi, weights, rows[None])[0]
+
+
+@in_float64
+def blocks(
+    r: Residuals | None, phi: np.ndarray, weights: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """:func:`block` of several sets of rows of one size: (c, m) -> (c, m, m)."""
     sd = relative_sd(r, phi, weights)[rows]
     if r is None or not r.correlated:
-        return np.diag(sd**2)
+        return sd[:, :, None] ** 2 * np.eye(rows.shape[1])
     family = r.structure.family
     assert family is not None
-    C = np.asarray(family.matrix(jnp.asarray(phi)[: r.structure.n_corr], jnp.asarray(r.pos[rows])))
-    same = r.subject[rows, None] == r.subject[rows]
-    return np.where(same, C, 0.0) * np.outer(sd, sd)
+    corr = jnp.asarray(phi)[: r.structure.n_corr]
+    C = np.asarray(jax.vmap(lambda pos: family.matrix(corr, pos))(jnp.asarray(r.pos[rows])))
+    subject = r.subject[rows]
+    same = subject[:, :, None] == subject[:, None]
+    return np.where(same, C, 0.0) * sd[:, :, None] * sd[:, None]

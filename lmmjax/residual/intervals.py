@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax.precision import in_float64
-from lmmjax.residual.structures import CompoundSymmetry
+from lmmjax.residual.structures import ARMA, CompoundSymmetry
 from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
@@ -86,6 +86,62 @@ def _chart(name: str, fit: Fit) -> str:
     if correlation is not None and correlation.family == "cs" and name == "rho":
         return "cs"
     return "identity" if name.startswith("delta") else "fisher"
+
+
+def tests(fit: Fit) -> pd.DataFrame:
+    """Wald tests of the residual parameters on the scales of :func:`wald`, two-sided.
+
+    Returns
+    -------
+    DataFrame
+        Index ``Model.phi_names``; ``estimate std_error statistic p_value caveat``. Statistic and p
+        are NaN where the null hypothesis lies at the end of the parameter's range, or is none.
+    """
+    from scipy import stats
+
+    table = wald(fit)
+    residual = fit.model.design.residual
+    least = _least(None if residual is None else residual.structure.family)
+    rows = zip(table.index, table["estimate"], table["std_error"], strict=True)
+    found = [_test(_chart(name, fit), name, value, se, least) for name, value, se in rows]
+    z = np.array([x for x, _ in found], float)
+    return table[["estimate", "std_error"]].assign(
+        statistic=z, p_value=2 * stats.norm.sf(np.abs(z)), caveat=[text for _, text in found]
+    )
+
+
+def _test(chart: str, name: str, value: float, se: float, least: float) -> tuple[float, str]:
+    """z and what it tests."""
+    if chart == "logit" or name.startswith("range"):
+        return np.nan, "no test: its null value is the end of its range; see confint"
+    if chart == "identity":
+        return value / se, "two-sided, against 0"
+    if chart == "log":
+        return np.log(value) * value / se, "two-sided, log ratio against 0 (equal SDs)"
+    if chart == "cs":
+        share, null = (value - least) / (1 - least), -least / (1 - least)
+        distance = np.log(share / (1 - share)) - np.log(null / (1 - null))
+        slope = 1 / (share * (1 - share) * (1 - least))
+        return distance / (slope * se), "two-sided, logit on its range against correlation 0"
+    if abs(value) >= 1:
+        return value / se, "two-sided, against 0"
+    return np.arctanh(value) * (1 - value**2) / se, "two-sided, Fisher's z against 0"
+
+
+def ends(fit: Fit, name: str) -> tuple[float, float]:
+    """Ends of the range of a reported residual parameter."""
+    residual, chart = fit.model.design.residual, _chart(name, fit)
+    assert residual is not None
+    if chart == "log":
+        return 0.0, np.inf
+    if chart == "identity":
+        return -np.inf, np.inf
+    if chart == "logit":
+        return 0.0, 1.0
+    family = residual.structure.family
+    if isinstance(family, ARMA) and (family.p if name.startswith("phi") else family.q) > 1:
+        return -np.inf, np.inf
+    return _least(family), 1.0
 
 
 def _least(family: Any) -> float:

@@ -45,7 +45,7 @@ def make_source(design: Any, the_plan: Plan, standardised: Standardised) -> Sour
         strata, codes = np.unique(r.H, axis=0, return_inverse=True)
         if len(strata) <= MOST_GRAMS:
             return _strata(design, the_plan, standardised, strata, codes.ravel())
-    rows = _rows(design, the_plan, standardised)
+    rows = whitened_rows(design, the_plan, standardised)
     if r.structure.variances.n_phi == 0 and (basis := _basis(rows)) is not None:
         return basis
     if not design.terms and (patterns := _patterns(rows)) is not None:
@@ -104,7 +104,8 @@ def _slots(subject: np.ndarray, G: int, codes: np.ndarray, J: int) -> tuple[np.n
 # Padded blocks --------------------------------------------------------------------------------
 
 
-def _rows(design: Any, the_plan: Plan, standardised: Standardised) -> Rows:
+def whitened_rows(design: Any, the_plan: Plan, standardised: Standardised) -> Rows:
+    """The source that serves every structure."""
     r: Residuals = design.residual
     weights = design.weights if design.has_weights else np.ones(design.n)
     G = int(r.subject.max()) + 1

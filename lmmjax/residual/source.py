@@ -246,18 +246,22 @@ class Basis:
     def gram(self, phi: Array) -> tuple[Gram, Rhs]:
         """Cross-products at φ; differentiable."""
         c, logdet = self._coefficients(phi)
-        combine = lambda x: jnp.tensordot(c, x, 1)  # noqa: E731
+        return self.combine(c, self.grams.logdet_R + logdet)
+
+    def combine(self, c: Array, logdet: Array) -> tuple[Gram, Rhs]:
+        """Σ c_k G_k, with ``logdet`` for log|R|."""
+        add = lambda x: jnp.tensordot(c, x, 1)  # noqa: E731
         g = self.grams
         gram = Gram(
-            tuple(map(combine, g.own)),
-            tuple(tuple(map(combine, row)) for row in g.up),
+            tuple(map(add, g.own)),
+            tuple(tuple(map(add, row)) for row in g.up),
             g.parent,
-            tuple(map(combine, g.border)),
-            combine(g.core),
+            tuple(map(add, g.border)),
+            add(g.core),
             g.n,
-            g.logdet_R + logdet,
+            logdet,
         )
-        return gram, jax.tree.map(combine, self.rhs)
+        return gram, jax.tree.map(add, self.rhs)
 
     def _coefficients(self, phi: Array) -> tuple[Array, Array]:
         if self.kind == "strata":
