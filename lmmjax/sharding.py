@@ -67,8 +67,8 @@ def run_sharded(
     method: str,
     lanes: int,
     shared: bool,
-    gram: Gram,
-    rhs: Rhs,
+    gram: Any,
+    rhs: Any,
     theta0: Any,
 ) -> Items:
     """:func:`lmmjax.batch.program` with the items shared among the devices of ``mesh``.
