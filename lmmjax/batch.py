@@ -155,13 +155,14 @@ def standard(model: Any) -> tuple[Plan, Units, Gram, Rhs]:
     return the_plan, units, *gr.crossproducts(model.design, the_plan, standardised)
 
 
-def reported(structure: Structure | None, phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def reported(structure: Structure | None, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Residual parameters as reported, (m, r), and S of the row that σ refers to, (m,).
 
-    For φ (m, n_phi) of items of one structure; (m, 0) and ones without one.
+    For (θ, φ) (m, n_theta + n_phi) of items of one structure; (m, 0) and ones without one.
     """
-    if structure is None or len(phi) == 0:
-        return phi, np.ones(len(phi))
+    if structure is None or len(theta) == 0:
+        return np.zeros((len(theta), 0)), np.ones(len(theta))
+    phi = theta[:, theta.shape[1] - structure.n_phi :]
     reference = lambda at: structure.variances.reference(at[structure.n_corr :])  # noqa: E731
     natural, sd = jax.vmap(lambda at: (structure.natural(at), reference(at)))(phi)
     return np.asarray(natural), np.asarray(sd)

@@ -450,7 +450,7 @@ def _result(
     ]
     residual = model.design.residual
     structure = None if residual is None else residual.structure
-    natural, sd = batch.reported(structure, items.theta[:, made.layout.n_theta :])
+    natural, sd = batch.reported(structure, items.theta)
     own = components.values(model.design.terms, covs, sigma * sd)
     names = [*model.design.x_names, *components.names(model.design.terms), *model.phi_names]
     both = np.concatenate([beta, own, natural], axis=1)

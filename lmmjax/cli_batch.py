@@ -78,7 +78,7 @@ def _fit(options: argparse.Namespace) -> BatchFit:
 
 def _weights(options: argparse.Namespace) -> Any:
     """Weights, or the known variances of ``--residual varfixed(v)``; a batch has no others."""
-    from lmmjax.model import _known_variances, parse_residual
+    from lmmjax.model import known_variances, parse_residual
 
     spec = None if options.residual is None else parse_residual(options.residual)
     if spec is not None and spec.structured:
@@ -86,7 +86,7 @@ def _weights(options: argparse.Namespace) -> Any:
             f"--residual {options.residual!r} has parameters; a batch expects independent errors "
             'or "varfixed(v)". Fit the items one by one with lmmjax fit.'
         )
-    return _known_variances(spec, options.weights)
+    return known_variances(spec, options.weights)
 
 
 def _out(path: str) -> Path:

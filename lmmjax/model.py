@@ -112,7 +112,7 @@ class Model:
             formula,
             data,
             residual=spec,
-            weights=_known_variances(spec, weights),
+            weights=known_variances(spec, weights),
             offset=offset,
             contrasts=contrasts,
             missing=missing,
@@ -184,7 +184,7 @@ class Model:
         design, standard = build_streamed(
             formula,
             source,
-            weights=_known_variances(spec, weights),
+            weights=known_variances(spec, weights),
             offset=offset,
             contrasts=contrasts,
             missing=missing,
@@ -568,7 +568,7 @@ class Model:
         return preformatted(repr(self))
 
 
-def _known_variances(spec: ResidualSpec | None, weights: Any) -> Any:
+def known_variances(spec: ResidualSpec | None, weights: Any) -> Any:
     """Weights of the model; ``varfixed(v)`` is weights 1/v, and both at once is an error."""
     known = None if spec is None else spec.weights()
     if known is None:

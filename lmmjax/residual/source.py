@@ -334,7 +334,8 @@ class Patterns:
     def with_response(self, response: Array) -> Patterns:
         """The source of another response on the same design."""
         kept = self.sums[:, : -(self.layout.p + 1)]
-        return replace(self, sums=jnp.concatenate([kept, response], axis=1))
+        join = np.concatenate if isinstance(response, np.ndarray) else jnp.concatenate
+        return replace(self, sums=join([kept, response], axis=1))
 
     def grid(self, phi: Array) -> Array:
         """R between any two places of the grid, (U, U)."""
