@@ -85,6 +85,7 @@ def fit_model(
     optimizer: Any,
     start: Any,
     information: str = "expected",
+    mesh: Any = None,
 ) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
     from lmmjax.design import check_identifiable
@@ -100,7 +101,7 @@ def fit_model(
     theta0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
     with one_blas_thread(layout.d + layout.p >= SMALL):
-        best, est = jax.tree.map(np.asarray, _optimise(model, method, theta0, key))
+        best, est = jax.tree.map(np.asarray, _optimise(model, method, theta0, key, mesh))
     seconds = time.perf_counter() - began
     theta_s, phi = np.split(np.asarray(best.theta, float), [layout.n_theta])
     sd = _residual_sd(model, phi)
@@ -136,8 +137,12 @@ def fit_model(
     return fit
 
 
-def _optimise(model: Model, method: str, theta0: np.ndarray, key: Any) -> Any:
-    """The compiled fit: with residual parameters, or in the bucket of the model's shapes."""
+def _optimise(model: Model, method: str, theta0: np.ndarray, key: Any, mesh: Any) -> Any:
+    """The compiled fit: over devices, with residual parameters, or in the bucket of its shapes."""
+    if mesh is not None:
+        from lmmjax.sharding import optimise
+
+        return optimise(model, mesh, method, theta0, key)
     if model.is_structured:
         from lmmjax.residual import program
 

@@ -422,6 +422,7 @@ class Model:
         optimizer: Any = "newton",
         start: Any = None,
         information: str = "expected",
+        mesh: Any = None,
     ) -> Fit:
         """Estimate by restricted or plain maximum likelihood.
 
@@ -435,9 +436,12 @@ class Model:
             Trust-region Newton on exact derivatives by default; all minimise the same objective.
         start : array, shape (n_theta,), optional
             θ to start from, in the units of the data; no parameter may be 0.
-
         information : {"expected", "observed"}
             Which information matrix Kenward-Roger takes by default: as pbkrtest, or as SAS.
+        mesh : jax.sharding.Mesh, optional
+            Devices (of one or several hosts) to share the levels of the largest grouping factor
+            among: for one large fit. The same numbers as on one device; every process makes the
+            same call. Not with residual parameters.
 
         Returns
         -------
@@ -456,6 +460,7 @@ class Model:
             optimizer=optimizer,
             start=start,
             information=information,
+            mesh=mesh,
         )
 
     def sample(
