@@ -29,7 +29,6 @@ from lmmjax.batchfit import (
     put,
     take,
 )
-from lmmjax.buckets import bucket
 from lmmjax.design import Design, check_terms, design_and_residual
 from lmmjax.errors import DataError, DesignError, ResidualWarning
 from lmmjax.gram import EXACT_FIT, Units, plan, standardise
@@ -429,7 +428,7 @@ class _StructuredWorker(_Worker):
         common = self.common[ragged.kind(first)]
         sources = [common.apply(self.made[i][0], own_range) for i in members.tolist()]
         every = [ragged.sizes_of(rows) for rows in sources]
-        sizes = ragged.Sizes(*(_largest(values) for values in zip(*every, strict=True)))
+        sizes = ragged.Sizes(*(ragged.largest(values) for values in zip(*every, strict=True)))
         padded = ragged.stack([ragged.pad(rows, sizes) for rows in sources])
         done = batch.fit_items(
             padded.layout,
@@ -455,13 +454,6 @@ class _StructuredWorker(_Worker):
         hessian[:, :k, :k] = arrays.hessian
         dvcov = np.pad(arrays.dvcov, [(0, 0)] * 3 + [(0, lack)])
         return arrays._replace(residual=residual, hessian=hessian, dvcov=dvcov)
-
-
-def _largest(values: Any) -> Any:
-    """The largest of numbers, or of tuples place by place, rounded up to a bucket."""
-    if isinstance(values[0], tuple):
-        return tuple(_largest(place) for place in zip(*values, strict=True))
-    return bucket(max(values)) if max(values) > 1 else 1
 
 
 def _stacked_units(units: list[Units]) -> ItemUnits:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lmmjax.buckets import bucket
 from lmmjax.gram import Layout
 from lmmjax.residual.source import Block, Rows, Where
 from lmmjax.residual.structures import (
@@ -137,6 +138,13 @@ def numbers(rows: Rows) -> int:
     """Numbers in the columns of one source, padded to one block."""
     sizes = sizes_of(rows)
     return sizes.subjects * sizes.rows * rows.blocks[0].M.shape[2]
+
+
+def largest(values: Any) -> Any:
+    """The largest of numbers, or of tuples place by place, rounded up to a bucket."""
+    if isinstance(values[0], tuple):
+        return tuple(largest(place) for place in zip(*values, strict=True))
+    return bucket(max(values)) if max(values) > 1 else 1
 
 
 def _slots(rows: Rows, columns: int) -> tuple[int, ...]:

@@ -106,14 +106,13 @@ class StructuredResponses:
         """M'Q_k y summed by level, for the fixed matrices Q_k."""
         found = setup.operators(self.rows)
         assert found is not None
-        parts = []
+        layout, where, parts = self.rows.layout, self.rows.where, []
         for Q in found[1]:
             Qy = Q(y)
             own = np.einsum("gtk,gtm->gkm", self.coded.M[..., :-1], Qy, optimize=True)
             both = np.concatenate([own, np.einsum("gtm,gtm->gm", y, Qy)[:, None]], axis=1)
-            parts.append(
-                jax.tree.map(np.asarray, _by_level(self.rows.layout, self.rows.where, both))
-            )
+            with jax.enable_x64(True):
+                parts.append(jax.tree.map(np.asarray, _by_level(layout, where, both)))
         return jax.tree.map(lambda *a: np.stack(a, axis=1), *parts)
 
     def _by_pattern(self, y: np.ndarray) -> np.ndarray:
