@@ -1,8 +1,9 @@
-"""Measure batches: ``python -m benchmarks.batch [--peer PYTHON] [--only NAME] [--large]``.
+"""Measure batches: ``python -m benchmarks.batch [--only NAME]``.
 
-Every figure is a median of warm runs. ``--peer`` names a Python with ``lme-python`` installed; it
-runs beside lmmjax, in turn, so that a busy machine slows both. The criterion of the two is
-compared: a fast wrong optimum counts as a loss. Prints Markdown rows.
+Every figure is a median of warm runs. The libraries that refit one design with another response and
+are installed (``python -m benchmarks.peers setup``; lme4 where R has it) run beside lmmjax, in
+turn, so that a busy machine slows all. Criteria are compared: a fast wrong optimum counts as a
+loss. Prints Markdown rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.measure import median_seconds
+from benchmarks.peers import LIBRARIES, Library
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks-batch.md"
 HEAD = """# Benchmarks of batches
@@ -30,23 +32,85 @@ Made by `python -m benchmarks.batch` on {cores} cores. Medians of warm runs; the
 so believe ratios and CPU seconds more than wall seconds.
 """
 
-#: one process of the peer: prepared refit of every response, no degrees of freedom
+#: how each library refits, without degrees of freedom: what is made once, and a fit of one ``y``
+REFITS = {
+    "lme-python": """
+import lme_python
+prepared = lme_python.prepare_lmer("y ~ " + right, data.assign(g=data["g"].astype(str)))
+fit = lambda y: prepared.fit(y.tolist()).reml_criterion
+""",
+    "glmm": """
+import glmm
+columns = {"x": data["x"].to_numpy(), "g": data["g"].astype(str).to_numpy()}
+fit = lambda y: -2 * glmm.fit({**columns, "y": y}, "y ~ " + right, reml=True,
+                              satterthwaite=False).loglik
+""",
+    "mixedlm-rs": """
+import mixedlm_rs
+slopes = "x" if "(x |" in right else None
+model = mixedlm_rs.mixedlm("y ~ x", data, groups="g", re_formula="~" + (slopes or "1"))
+fit = lambda y: -2 * model.with_endog(y).fit(reml=True).llf
+""",
+    "mixedlm": """
+import mixedlm
+fit = lambda y: mixedlm.lmer("y ~ " + right, data.assign(y=y)).REMLcrit()
+""",
+}
+
+#: one process of a peer: every response once, after one to warm up
 PEER = """
-import json, sys, time
-import numpy as np, pandas as pd, lme_python
-given = np.load(sys.argv[1])
-data = pd.DataFrame({"y": given["Y"][:, 0], "x": given["x"], "g": given["g"].astype(str)})
-prepared = lme_python.prepare_lmer("y ~ " + sys.argv[2], data)
+import json, sys, time, warnings
+import numpy as np, pandas as pd
+warnings.simplefilter("ignore")
+given, right = np.load(sys.argv[1]), sys.argv[2]
+data = pd.DataFrame({"y": given["Y"][:, 0], "x": given["x"], "g": given["g"]})
+%s
 Y = [np.ascontiguousarray(y) for y in given["Y"].T[: int(sys.argv[3])]]
-prepared.fit(Y[0].tolist())
+fit(Y[0])
 wall, cpu = time.perf_counter(), time.process_time()
-fits = [prepared.fit(y.tolist()) for y in Y]
+criterion = [fit(y) for y in Y]
 print(json.dumps({
     "wall": (time.perf_counter() - wall) / len(Y),
     "cpu": (time.process_time() - cpu) / len(Y),
-    "criterion": [f.reml_criterion for f in fits[:50]],
+    "criterion": criterion,
 }))
 """
+
+#: the same in R, from the model matrices on; refit() of lme4 1.1-31 ends 1.8 above lmer()'s REML
+LME4 = """
+suppressMessages(library(lme4)); options(warn = -1)
+args <- commandArgs(TRUE); data <- read.csv(args[1]); data$g <- factor(data$g)
+Y <- data[grep("^Y", names(data))]; data$y <- Y[[1]]
+parts <- lFormula(as.formula(paste("y ~", args[2])), data)
+fit <- function(y) {
+  parts$fr$y <- y
+  optimizeLmer(do.call(mkLmerDevfun, parts), calc.derivs = FALSE)$fval
+}
+fit(Y[[1]])
+began <- proc.time()
+criterion <- sapply(Y, fit)
+spent <- (proc.time() - began) / length(Y)
+cat(sprintf('{"wall": %.8f, "cpu": %.8f, "criterion": [%s]}', spent[["elapsed"]],
+            spent[["user.self"]] + spent[["sys.self"]],
+            paste(sprintf("%.10f", criterion), collapse = ",")))
+"""
+
+#: responses that a peer refits, of 2,000
+SOME, SOME_LME4 = 100, 20
+
+
+def refits(library: Library, folder: Path, right: str) -> dict[str, Any]:
+    """Seconds a refit and the criteria, from a process of its own."""
+    if library.name == "lme4":
+        command = ["Rscript", "-e", LME4, str(folder / "given.csv"), right]
+    else:
+        python = str(library.folder / "bin/python")
+        script = PEER % REFITS[library.name]
+        command = [python, "-c", script, str(folder / "given.npz"), right, str(SOME)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def one_design(slopes: bool, m: int, n: int = 5000, J: int = 100, seed: int = 0) -> dict[str, Any]:
@@ -60,7 +124,7 @@ def one_design(slopes: bool, m: int, n: int = 5000, J: int = 100, seed: int = 0)
     return {"x": x, "g": g, "Y": Y}
 
 
-def responses(slopes: bool, peer: str | None, runs: int) -> str:
+def responses(slopes: bool, runs: int) -> str:
     """2,000 responses on one design, from Y to a frame with Satterthwaite's df, warm."""
     import lmmjax as lmm
 
@@ -73,31 +137,43 @@ def responses(slopes: bool, peer: str | None, runs: int) -> str:
         return made, made.coef_table()
 
     made, _ = ours()
-    walls, cpus, theirs = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "given.npz"
-        np.savez(file, **given)
+    walls, cpus = [], []
+    peers = [p for p in LIBRARIES if (p.name in REFITS or p.name == "lme4") and p.version]
+    theirs: dict[str, list[dict[str, Any]]] = {p.name: [] for p in peers}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.savez(folder / "given.npz", **given)
+        some = {f"Y{k}": given["Y"][:, k] for k in range(SOME_LME4)}
+        data.assign(**some).to_csv(folder / "given.csv", index=False)
         for _ in range(runs):
             wall, cpu = time.perf_counter(), time.process_time()
             ours()
             walls.append(time.perf_counter() - wall)
             cpus.append(time.process_time() - cpu)
-            if peer:
-                command = [peer, "-c", PEER, str(file), right, "200"]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                theirs.append(json.loads(done.stdout))
+            for peer in peers:
+                theirs[peer.name].append(refits(peer, folder, right))
     shown = right.replace("|", "\\|")
-    name = f"2,000 responses, n = 5,000, {shown}"
-    row = f"| {name} | {np.median(walls):.3f} s wall, {np.median(cpus):.3f} s CPU |"
-    if not theirs:
-        return row + " |"
-    wall = 2000 * np.median([t["wall"] for t in theirs])
-    cpu = 2000 * np.median([t["cpu"] for t in theirs])
-    gap = np.array(theirs[0]["criterion"]) + 2 * made.loglik.to_numpy()[:50]
-    ratio = f"x{wall / np.median(walls):.1f} wall, x{cpu / np.median(cpus):.1f} CPU"
+    wall, cpu = float(np.median(walls)), float(np.median(cpus))
+    first = f"| 2,000 responses, n = 5,000, {shown} | {wall:.3f} s wall, {cpu:.3f} s CPU |"
+    best = -2 * made.loglik.to_numpy()
+    rows = [_against(p, theirs[p.name], wall, cpu, best) for p in peers]
+    return "\n".join([f"{first} {row} |" for row in rows or [""]])
+
+
+def _against(
+    peer: Library, found: list[dict[str, Any]], wall: float, cpu: float, best: np.ndarray
+) -> str:
+    """A peer's time for all 2,000 responses, and how far its optima are from ours."""
+    name = f"{peer.name} {peer.version}"
+    if "error" in found[0]:
+        return f"{name}: {found[0]['error']}"
+    their_wall, their_cpu = (2000 * np.median([t[k] for t in found]) for k in ("wall", "cpu"))
+    criterion = np.array(found[0]["criterion"])
+    gap = criterion - best[: len(criterion)]
     return (
-        f"{row} lme-python {wall:.3f} s wall, {cpu:.3f} s CPU: {ratio}; its criterion less ours "
-        f"{gap.min():.1e} to {gap.max():.1e} |"
+        f"{name} {their_wall:.2f} s wall, {their_cpu:.2f} s CPU (from {len(criterion)}): "
+        f"x{their_wall / wall:.0f} wall, x{their_cpu / cpu:.0f} CPU; its criterion less ours "
+        f"{gap.min():.1e} to {gap.max():.1e}"
     )
 
 
@@ -158,13 +234,49 @@ def simulation(runs: int) -> str:
     run()
     study = median_seconds(run, runs)
     rows = [f"| studies.ml_bias(n_rep=10000) | {study:.2f} s | |"]
-    for right in ("(1 | Subject)", "(Days | Subject)"):
-        fit = lmm.Model(f"Reaction ~ Days + {right}", lmm.load_dataset("sleepstudy")).fit()
+    data = lmm.load_dataset("sleepstudy")
+    for right, residual in BOOTSTRAPS:
+        fit = lmm.Model(f"Reaction ~ Days{right}", data, residual=residual).fit()
         fit.bootstrap(1000)
         seconds = median_seconds(lambda: fit.bootstrap(1000), runs)  # noqa: B023
-        shown = right.replace("|", "\\|")
-        rows.append(f"| bootstrap(1000) of sleepstudy, {shown} | {seconds:.4f} s | |")
+        shown = f"{right or ' + no random effects'}"[3:] + (f", {residual}" if residual else "")
+        shown = shown.replace("|", "\\|")
+        rows.append(f"| bootstrap(1000) of sleepstudy, {shown} | {seconds:.4f} s |")
+        rows[-1] += f" {bootmer(data, right, seconds)} |" if residual is None else " |"
     return "\n".join(rows)
+
+
+#: random effects and residual structure of the models that are resampled
+BOOTSTRAPS = (
+    (" + (1 | Subject)", None),
+    (" + (Days | Subject)", None),
+    (" + (1 | Subject)", "ar1(Days | Subject)"),
+    ("", "un(Days | Subject)"),
+)
+
+#: bootMer of the same model, 50 simulations
+BOOTMER = """
+suppressMessages(library(lme4)); options(warn = -1)
+args <- commandArgs(TRUE); data <- read.csv(args[1]); data$Subject <- factor(data$Subject)
+fit <- lmer(as.formula(args[2]), data)
+values <- function(f) c(fixef(f), sigma(f), as.data.frame(VarCorr(f))$sdcor)
+began <- proc.time()[["elapsed"]]
+boot <- bootMer(fit, values, nsim = 50, seed = 1)
+cat((proc.time()[["elapsed"]] - began) / 50)
+"""
+
+
+def bootmer(data: pd.DataFrame, right: str, ours: float) -> str:
+    """Seconds that lme4 would take for 1,000 simulations; empty where R lacks it."""
+    lme4 = next(p for p in LIBRARIES if p.name == "lme4")
+    if not lme4.version:
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".csv") as file:
+        data.to_csv(file.name, index=False)
+        command = ["Rscript", "-e", BOOTMER, file.name, f"Reaction ~ Days{right}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = 1000 * float(done.stdout.strip().splitlines()[-1])
+    return f"lme4 {lme4.version} bootMer {seconds:.1f} s (from 50): x{seconds / ours:.0f}"
 
 
 def single_cell(runs: int, genes: int = 1000) -> str:
@@ -211,13 +323,12 @@ def single_cell(runs: int, genes: int = 1000) -> str:
 def main() -> None:
     """Print the rows of the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.batch")
-    parser.add_argument("--peer", help="a Python with lme-python installed")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", help="one of the rows")
     args = parser.parse_args()
     rows: dict[str, Callable[[], str]] = {
-        "intercept": lambda: responses(False, args.peer, args.runs),
-        "slopes": lambda: responses(True, args.peer, args.runs),
+        "intercept": lambda: responses(False, args.runs),
+        "slopes": lambda: responses(True, args.runs),
         "memory": lambda: memory(args.runs),
         "groups": lambda: groups(args.runs),
         "simulation": lambda: simulation(args.runs),
@@ -226,8 +337,8 @@ def main() -> None:
     lines = ["| case | lmmjax | against |", "|---|---|---|"]
     for name, row in rows.items():
         if args.only in (None, name):
-            lines += row().splitlines()
-            print(lines[-1], flush=True)
+            lines += (made := row().splitlines())
+            print("\n".join(made), flush=True)
     if args.only is None:
         PAGE.write_text("\n".join([HEAD.format(cores=os.cpu_count()), *lines, ""]))
 

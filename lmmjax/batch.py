@@ -4,6 +4,10 @@ Nothing here knows the likelihood. ``estimate.optimise`` and ``derivatives.vcov_
 mapped over items: ``lanes`` items side by side (``vmap``), the groups of lanes one after the other
 (``lax.map``), so that a straggler holds up its own group only and memory does not grow with the
 batch. The lanes share no number: an item that is not finite changes no bit of another.
+
+With residual parameters a source of cross-products (residual/source.py) stands in the place of the
+Gram, what involves y of it (``source.response``) in that of the right-hand side, and (θ, φ) in that
+of θ.
 """
 
 from __future__ import annotations
@@ -19,10 +23,19 @@ from lmmjax import derivatives, estimate
 from lmmjax import gram as gr
 from lmmjax import likelihood as lk
 from lmmjax.gram import Gram, Layout, Plan, Rhs, Units
-from lmmjax.optimize import CONVERGED, FLAT_STOP, MAX_ITERATIONS, SINGULAR_TOLERANCE
+from lmmjax.optimize import (
+    CONVERGED,
+    FLAT_STOP,
+    MAX_ITERATIONS,
+    SINGULAR_TOLERANCE,
+    Optimum,
+)
+from lmmjax.residual import program as structured
+from lmmjax.residual.source import Source
+from lmmjax.residual.structures import Structure
 
 #: verdicts; the first two are usable fits
-OK, SINGULAR, LIMIT, NOT_FINITE, STUCK, EXACT, TOO_FEW, NOT_RUN = range(8)
+OK, SINGULAR, LIMIT, NOT_FINITE, STUCK, EXACT, TOO_FEW, NOT_RUN, UNFIT = range(9)
 
 WORDS = {
     OK: "converged",
@@ -33,6 +46,7 @@ WORDS = {
     EXACT: "failed: the fixed effects reproduce the response exactly",
     TOO_FEW: "failed: too few rows or levels for the effects of the model",
     NOT_RUN: "not run",
+    UNFIT: "failed: the residual structure does not fit the data of this item",
 }
 
 #: factors on the identity from which items that did not converge are tried again
@@ -45,7 +59,7 @@ LARGE_CORE = 64
 class Items(NamedTuple):
     """Fitted items in standardised units, NumPy arrays with the item as first axis."""
 
-    theta: Any  # (m, n_theta)
+    theta: Any  # (m, n_theta), residual parameters φ behind θ where there are any
     value: Any  # (m,) profiled -2 log-likelihood
     gradient: Any
     hessian: Any  # (m, n_theta, n_theta)
@@ -66,7 +80,12 @@ class Batch(NamedTuple):
     retried: np.ndarray  # (m,) bool: had to be tried from other starts
 
 
-def _one(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array) -> Items:
+def _one(layout: Layout, method: str, gram: Any, rhs: Any, theta0: jax.Array) -> Items:
+    if isinstance(gram, Source):
+        source = gram.with_response(rhs)
+        best, est = structured.optimise(layout, method, source, theta0)
+        _, dV = structured.vcov_and_derivative(layout, method, best.theta, source)
+        return _items(layout, best, est, dV)
     best, est = estimate.optimise(layout, method, gram, rhs, theta0)
     if layout.core:  # the optimiser may have used an approximate curvature
         _, gradient, hessian = derivatives.value_gradient_hessian(
@@ -74,7 +93,11 @@ def _one(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array) -
         )
         best = best._replace(gradient=gradient, hessian=hessian)
     _, dV = derivatives.vcov_and_derivative(layout, method, best.theta, gram, rhs)
-    lams = tuple(lk.factors(layout, best.theta))
+    return _items(layout, best, est, dV)
+
+
+def _items(layout: Layout, best: Optimum, est: estimate.Estimates, dV: jax.Array) -> Items:
+    lams = tuple(lk.factors(layout, best.theta[: layout.n_theta]))
     return Items(
         best.theta,
         best.value,
@@ -91,7 +114,7 @@ def _one(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array) -
 
 
 def program(
-    layout: Layout, method: str, lanes: int, shared: bool, gram: Gram, rhs: Rhs, theta0: jax.Array
+    layout: Layout, method: str, lanes: int, shared: bool, gram: Any, rhs: Any, theta0: jax.Array
 ) -> Items:
     """All items of a batch; pure, to be compiled by :func:`compiled`.
 
@@ -100,7 +123,7 @@ def program(
     lanes : int
         Items that run side by side.
     shared : bool
-        One Gram for all items, or one each (leading axis).
+        One Gram (or source) for all items, or one each (leading axis).
     rhs, theta0
         With a leading axis of items.
     """
@@ -109,7 +132,7 @@ def program(
         return _one(layout, method, *((gram, *args) if shared else args))
 
     mapped = (rhs, theta0) if shared else (gram, rhs, theta0)
-    if layout.n_theta == 0:  # closed form: nothing can straggle
+    if theta0.shape[-1] == 0:  # closed form: nothing can straggle
         return jax.vmap(one)(mapped)
     return jax.lax.map(one, mapped, batch_size=lanes)
 
@@ -132,14 +155,42 @@ def standard(model: Any) -> tuple[Plan, Units, Gram, Rhs]:
     return the_plan, units, *gr.crossproducts(model.design, the_plan, standardised)
 
 
-def choose_lanes(layout: Layout, platform: str | None = None) -> int:
-    """Items side by side: all that an accelerator holds; on a CPU as many as fit its cache."""
+def reported(structure: Structure | None, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Residual parameters as reported, (m, r), and S of the row that σ refers to, (m,).
+
+    For (θ, φ) (m, n_theta + n_phi) of items of one structure; (m, 0) and ones without one.
+    """
+    if structure is None or len(theta) == 0:
+        return np.zeros((len(theta), 0)), np.ones(len(theta))
+    phi = theta[:, theta.shape[1] - structure.n_phi :]
+    reference = lambda at: structure.variances.reference(at[structure.n_corr :])  # noqa: E731
+    natural, sd = jax.vmap(lambda at: (structure.natural(at), reference(at)))(phi)
+    return np.asarray(natural), np.asarray(sd)
+
+
+def choose_lanes(layout: Layout, rhs: Any = None, platform: str | None = None) -> int:
+    """Items side by side: all that an accelerator holds; on a CPU as many as fit its cache.
+
+    ``rhs`` are the parts of the items where these are more than the blocks of the layout: rows or
+    patterns of a residual structure.
+    """
     if layout.d > LARGE_CORE:
         return 1
-    if (platform or jax.default_backend()) != "cpu":
-        return 1024
     numbers = sum(S * (S + layout.d + layout.p + 1) * J for _, S, J in layout.chain)
-    return int(np.clip(2 ** int(np.log2(1e5 / (numbers + 50))), 4, 64))
+    own = 0 if rhs is None or isinstance(rhs, Rhs) else numbers_of_one(rhs) * (layout.p + 1)
+    if (platform or jax.default_backend()) != "cpu":
+        return int(np.clip(2 ** int(np.log2(1e8 / (own + 1))), 1, 1024))
+    least = 1 if own > numbers else 4
+    return int(np.clip(2 ** int(np.log2(1e5 / (max(own, numbers) + 50)).clip(0)), least, 64))
+
+
+def numbers_of_one(rhs: Any) -> int:
+    """Numbers in the part of one item; leaves have a leading axis of items."""
+    return sum(int(np.prod(np.shape(a)[1:])) for a in jax.tree.leaves(rhs))
+
+
+def _count(rhs: Any) -> int:
+    return len(jax.tree.leaves(rhs)[0])
 
 
 def bucket(m: int, lanes: int) -> int:
@@ -155,8 +206,8 @@ def pad_items(tree: Any, m: int, size: int) -> Any:
 def fit_items(
     layout: Layout,
     method: str,
-    gram: Gram,
-    rhs: Rhs,
+    gram: Any,
+    rhs: Any,
     theta0: np.ndarray | None = None,
     *,
     shared: bool = True,
@@ -171,12 +222,12 @@ def fit_items(
     ----------
     layout : Layout
     method : {"REML", "ML"}
-    gram : Gram
+    gram : Gram or source
         One for all items, or with a leading axis of items (``shared=False``).
-    rhs : Rhs
+    rhs : Rhs or parts of the source
         With a leading axis of items.
     theta0 : array, shape (m, n_theta) or (n_theta,), optional
-        Starts; the identity by default.
+        Starts; the identity (and the structure's own start) by default.
     lanes : int, optional
         Items side by side; chosen from the size of the blocks by default.
     size : int, optional
@@ -195,9 +246,9 @@ def fit_items(
     Call it inside :func:`lmmjax.float64`. One program is compiled for each layout and each power of
     two of items.
     """
-    m = len(rhs.yy)
-    start = estimate.start(layout) if theta0 is None else np.asarray(theta0)
-    lanes = min(lanes or choose_lanes(layout), 2 ** int(np.ceil(np.log2(max(m, 1)))))
+    m = _count(rhs)
+    start = _start(layout, gram) if theta0 is None else np.asarray(theta0)
+    lanes = min(lanes or choose_lanes(layout, rhs), 2 ** int(np.ceil(np.log2(max(m, 1)))))
     size = bucket(max(m, size or 0), lanes * (1 if mesh is None else mesh.size))
     run = functools.partial(_run, layout, method, shared, lanes, size, mesh)
     items = run(gram, rhs, start)
@@ -209,13 +260,19 @@ def fit_items(
             break
         pick = lambda a: np.asarray(a)[failed]  # noqa: B023, E731
         some, few = (gram if shared else jax.tree.map(pick, gram)), jax.tree.map(pick, rhs)
-        again = run(some, few, factor * estimate.start(layout))
+        again = run(some, few, _start(layout, gram, factor))
         verdict = judge(layout, again, few)
         better = verdict <= SINGULAR
         items = jax.tree.map(functools.partial(_replace, failed[better], better), items, again)
         status[failed[better]] = verdict[better]
         failed = failed[~better]
     return Batch(items, status, retried)
+
+
+def _start(layout: Layout, gram: Any, factor: float = 1.0) -> np.ndarray:
+    """Factors on the identity, residual parameters where their structure begins."""
+    theta = factor * estimate.start(layout)
+    return np.append(theta, gram.structure.start()) if isinstance(gram, Source) else theta
 
 
 def _replace(at: np.ndarray, which: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -231,13 +288,13 @@ def _run(
     lanes: int,
     size: int,
     mesh: Any,
-    gram: Gram,
-    rhs: Rhs,
+    gram: Any,
+    rhs: Any,
     start: np.ndarray,
 ) -> Items:
     """One compiled call on padded items; NumPy out. A retry runs the program of the first try."""
-    m = len(rhs.yy)
-    theta0 = np.broadcast_to(start, (m, layout.n_theta))
+    m = _count(rhs)
+    theta0 = np.broadcast_to(start, (m, start.shape[-1]))
     rhs, theta0 = pad_items((rhs, theta0), m, size)
     gram = gram if shared else pad_items(gram, m, size)
     if mesh is None:
@@ -249,16 +306,18 @@ def _run(
     return jax.tree.map(lambda a: np.asarray(a)[:m], out)
 
 
-def judge(layout: Layout, items: Items, rhs: Rhs) -> np.ndarray:
+def judge(layout: Layout, items: Items, rhs: Any) -> np.ndarray:
     """The verdict on each item, by the checks of a single fit; (m,) keys of WORDS."""
     value, gradient, hessian = (np.asarray(a) for a in (items.value, items.gradient, items.hessian))
     raw = np.asarray(items.raw_status)
-    given = np.isfinite(np.asarray(rhs.yy)) & np.all(np.isfinite(np.asarray(rhs.core)), axis=-1)
+    given = np.ones(len(value), bool)
+    for part in jax.tree.leaves(rhs):
+        given &= np.all(np.isfinite(np.asarray(part)).reshape(len(value), -1), axis=1)
     finite = np.isfinite(value) & np.all(np.isfinite(hessian), axis=(-1, -2))
     finite &= np.all(np.isfinite(gradient), axis=-1)
     status = np.zeros(len(value), np.int8)
-    if layout.n_theta:
-        safe = np.where(finite[:, None, None], hessian, np.eye(layout.n_theta))
+    if gradient.shape[-1]:
+        safe = np.where(finite[:, None, None], hessian, np.eye(gradient.shape[-1]))
         promised, lowest = _promised(np.where(finite[:, None], gradient, 0.0), safe)
         largest = np.maximum(1.0, np.max(np.abs(safe), axis=(-1, -2)))
         curved = lowest > -1e-6 * largest

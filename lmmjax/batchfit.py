@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from lmmjax.fit import Fit
 
+#: rows of the coefficient table that a print shows
+SHOWN = 6
+
 DF_METHODS = ("satterthwaite", "residual", "wald")
 
 
@@ -66,6 +69,7 @@ class Arrays(NamedTuple):
     n_evals: np.ndarray  # (m,)
     status: np.ndarray  # (m,) keys of batch.WORDS
     retried: np.ndarray  # (m,) bool
+    residual: np.ndarray  # (m, r) parameters of the residual structure as reported
 
 
 def concatenate(parts: list[Arrays]) -> Arrays:
@@ -83,6 +87,22 @@ def take(arrays: Arrays, order: np.ndarray) -> Arrays:
     """Items in another order."""
     flat = {name: getattr(arrays, name)[order] for name in Arrays._fields if name != "covs"}
     return Arrays(covs=tuple(c[order] for c in arrays.covs), **flat)
+
+
+def put(arrays: Arrays, i: int, one: Arrays) -> Arrays:
+    """Another estimate in the place of item ``i``."""
+
+    def replaced(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        out = np.array(old)
+        out[i] = new[0]
+        return out
+
+    flat = {
+        name: replaced(getattr(arrays, name), getattr(one, name))
+        for name in Arrays._fields
+        if name != "covs"
+    }
+    return Arrays(covs=tuple(map(replaced, arrays.covs, one.covs)), **flat)
 
 
 def missing_items(m: int, like: Arrays, status: int) -> Arrays:
@@ -116,6 +136,10 @@ class BatchFit:
     seconds : float
     notes : tuple of str
         What the reader should know: interruption, stateful transforms ...
+    residual : str or None
+        The residual structure.
+    residual_names : tuple of str
+        Its parameters.
     """
 
     formula: str
@@ -127,6 +151,8 @@ class BatchFit:
     arrays: Arrays
     seconds: float
     notes: tuple[str, ...] = ()
+    residual: str | None = None
+    residual_names: tuple[str, ...] = ()
     _single: Callable[[int], Fit] | None = field(default=None, repr=False)
 
     # -- counts ---------------------------------------------------------------------------------
@@ -364,13 +390,32 @@ class BatchFit:
         return frame
 
     def components(self) -> pd.DataFrame:
-        """SDs, correlations and σ in a wide frame: a row an item, lme4's names as columns."""
+        """SDs, correlations, σ and residual parameters in a wide frame: a row an item, lme4's names
+        and those of ``Fit.residual_params`` as columns."""
         import pandas as pd
 
-        values = components.values(self.terms, self.arrays.covs, self.arrays.sigma)
-        return pd.DataFrame(
-            self._masked(values), index=self.items, columns=components.names(self.terms)
-        )
+        own = components.values(self.terms, self.arrays.covs, self.arrays.sigma)
+        values = np.concatenate([own, self.arrays.residual], axis=1)
+        names = [*components.names(self.terms), *self.residual_names]
+        return pd.DataFrame(self._masked(values), index=self.items, columns=names)
+
+    def residual_params(self) -> pd.DataFrame:
+        """Parameters of the residual structure of every item, as ``Fit.residual_params``.
+
+        Returns
+        -------
+        DataFrame
+            Columns ``item parameter estimate``; NaN where an item does not have the parameter (a
+            level or position that its data lack).
+        """
+        import pandas as pd
+
+        m, r = self.arrays.residual.shape
+        frame = pd.DataFrame({"estimate": self._masked(self.arrays.residual).ravel()})
+        names = list(self.residual_names)
+        frame.insert(0, "parameter", pd.Categorical(np.tile(np.array(names, object), m), names))
+        frame.insert(0, "item", self.items.repeat(r))
+        return frame
 
     # -- one item ---------------------------------------------------------------------------------
 
@@ -425,6 +470,8 @@ class BatchFit:
             "notes": self.notes,
             "name": self.items.name,
             "shapes": shapes,
+            "residual": self.residual,
+            "residual_names": self.residual_names,
         }
         table = pa.table(columns).replace_schema_metadata({"lmmjax": json.dumps(head)})
         pq.write_table(table, path)
@@ -462,6 +509,8 @@ class BatchFit:
             arrays=Arrays(covs=covs, **flat),
             seconds=head["seconds"],
             notes=tuple(head["notes"]),
+            residual=head["residual"],
+            residual_names=tuple(head["residual_names"]),
         )
 
     # -- people -----------------------------------------------------------------------------------
@@ -471,14 +520,18 @@ class BatchFit:
 
     def __repr__(self) -> str:
         counts = self.status["status"].value_counts()
+        structure = f", residual {self.residual}" if self.residual else ""
         lines = [
-            f"{len(self)} fits of {self.formula} by {self.method}",
+            f"{len(self)} fits of {self.formula}{structure} by {self.method}",
             *(f"  {count:>8}  {word}" for word, count in counts.items() if count),
         ]
         if self.n_retried:
             lines.append(f"  {self.n_retried:>8}  of them tried again from other starts")
         lines += [f"note: {note}" for note in self.notes]
-        lines += ["", str(self.coef_table().head(6).to_string(index=False)), "..."]
+        table = self.coef_table()
+        lines += ["", str(table.head(SHOWN).to_string(index=False))]
+        if len(table) > SHOWN:
+            lines.append(f"... and {len(table) - SHOWN} more rows: coef_table()")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

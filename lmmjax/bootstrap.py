@@ -1,14 +1,16 @@
 r"""Parametric bootstrap of a fit: simulate from it, refit every replicate in one batch.
 
 Replicates are drawn as cross-products (rowfree.py), so the cost does not depend on the number of
-rows, and levels with equal blocks are collapsed (collapse.py). Refits that fail are counted and
-left out.
+rows, and levels with equal blocks are collapsed (collapse.py). With residual parameters rows are
+simulated, of which only y differs from replicate to replicate (residual/responses.py). Refits that
+fail are counted and left out.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,8 +22,11 @@ import numpy as np
 from lmmjax import batch, collapse, components, estimate, rowfree
 from lmmjax import likelihood as lk
 from lmmjax.errors import DataError, LmmError
-from lmmjax.gram import Gram, Layout, Rhs, standardise
+from lmmjax.gram import Layout, Rhs, standardise
 from lmmjax.precision import in_float64
+from lmmjax.residual.intervals import bounded, unbounded
+from lmmjax.residual.responses import StructuredResponses
+from lmmjax.residual.source import Source
 from lmmjax.responses import Responses
 from lmmjax.start import moments_of_many
 from lmmjax.tables import check_level
@@ -35,6 +40,9 @@ KINDS = ("percentile", "studentized")
 
 #: replicates drawn and fitted at a time at most, and numbers in the products of a chunk
 CHUNK, NUMBERS = 4096, 2**24
+
+#: free residual parameters beyond this are as good as on a boundary
+FAR = 10.0
 
 #: products of all replicates are kept, for studentised intervals, up to so many numbers
 KEPT = 2**26
@@ -50,7 +58,8 @@ class Bootstrap:
     n, seed : int
     replicates : DataFrame, shape (n, parameters)
         Refitted fixed effects under R's names, then ``sd_...|group``, ``cor_...|group`` and
-        ``sigma`` under lme4's; a replicate that failed is a row of NaN.
+        ``sigma`` under lme4's, then those of ``Fit.residual_params``; a replicate that failed is a
+        row of NaN.
     std_errors : DataFrame, shape (n, p)
         Standard errors of the fixed effects in each refit.
     deviance : ndarray (n,)
@@ -90,7 +99,7 @@ class Bootstrap:
 
         terms = self.fit.model.design.terms
         parts = components.values(terms, self.fit._term_covs(), np.asarray(self.fit.sigma))
-        both = np.concatenate([self.fit.beta.to_numpy(), parts])
+        both = np.concatenate([self.fit.beta.to_numpy(), parts, self.fit.residual_params()])
         return pd.Series(both, index=self.replicates.columns, name="estimate")
 
     def summary_table(self) -> pd.DataFrame:
@@ -124,10 +133,11 @@ class Bootstrap:
         level : float
         kind : {"percentile", "studentized"}
             Quantiles of the replicates; or of (replicate - estimate) / standard error, turned round
-            the estimate (bootstrap-t). SDs are studentised on the log scale and correlations on
-            Fisher's z scale. A component on its boundary has no standard error: such replicates are
-            left out of the studentised intervals of components (``n_singular`` counts them), and
-            these are NaN where the fit itself is singular.
+            the estimate (bootstrap-t). SDs are studentised on the log scale, correlations on
+            Fisher's z scale, residual parameters where they are unbounded. A component on its
+            boundary has no standard error: such replicates are left out of the studentised
+            intervals of components (``n_singular`` counts them), and these are NaN where the fit
+            itself is singular.
         parm : str or list of str, optional
             Parameters; all by default.
 
@@ -183,14 +193,18 @@ class Bootstrap:
         low_t, high_t = _quantiles(np.concatenate([t_beta, t_rest], axis=1)[usable], tails)
         est, se = np.concatenate([beta, centre]), np.concatenate([beta_se, centre_se])
         low, high = est - high_t * se, est - low_t * se
-        back = _back(list(self.replicates.columns)[p:])
-        low[p:], high[p:] = back(low[p:]), back(high[p:])
+        r = len(est) - len(self.fit.phi)
+        back = _back(list(self.replicates.columns)[p:r])
+        for limit in (low, high):
+            limit[p:r] = back(limit[p:r])
+            limit[r:] = bounded(self.fit, limit[r:])
         return low, high
 
     @cached_property
     @in_float64
     def _scales(self) -> tuple[np.ndarray, np.ndarray]:
-        """Components on unbounded scales and their standard errors; the fit's own in row 0."""
+        """Components and residual parameters on unbounded scales and their standard errors; the
+        fit's own in row 0."""
         layout, gram, rhs, theta, hessian, scale, structure = self._pieces
         if rhs is None:
             raise LmmError(
@@ -200,18 +214,21 @@ class Bootstrap:
         value, slope, direct = jax.device_get(
             _transformed(layout, self.fit.method, structure, gram, rhs, theta)
         )
+        value = np.array(value)
         nu = self.fit.n_obs - (len(self.fit.beta) if self.fit.method == "REML" else 0)
         singular = np.append([self.fit.singular], self.status != batch.OK)
-        safe = np.where(singular[:, None, None], np.eye(layout.n_theta), hessian)
-        spread = 2.0 * np.linalg.pinv(safe, hermitian=True)
+        failed = np.append([False], self.status > batch.SINGULAR)
+        spread = 2.0 * np.linalg.pinv(_regular(hessian, layout, singular, failed), hermitian=True)
         variance = np.einsum("mki,mij,mkj->mk", slope, spread, slope) + direct**2 * 2.0 / nu
-        sigma_only = np.arange(value.shape[1]) == value.shape[1] - 1
-        hidden = singular[:, None] & ~sigma_only
-        se = np.where(hidden, np.nan, np.sqrt(variance))
-        is_log = np.array(
-            [not c.startswith("cor_") for c in self.replicates.columns[-se.shape[1] :]]
-        )
-        return value + scale * is_log, se
+        r = len(self.fit.phi)
+        K = value.shape[1] - r
+        hidden = failed[:, None] | (singular[:, None] & (np.arange(K + r) < K - 1))
+        with np.errstate(invalid="ignore"):
+            se = np.where(hidden, np.nan, np.sqrt(variance))
+        names = self.replicates.columns[-(K + r) :][:K]
+        value[:, :K] += scale * np.array([not c.startswith("cor_") for c in names])
+        value[:, K:], se[:, K:] = unbounded(self.fit, value[:, K:], se[:, K:])
+        return value, se
 
     def __repr__(self) -> str:
         lines = [
@@ -227,6 +244,17 @@ class Bootstrap:
         from lmmjax.display import preformatted
 
         return preformatted(repr(self))
+
+
+def _regular(
+    hessian: np.ndarray, layout: Layout, singular: np.ndarray, failed: np.ndarray
+) -> np.ndarray:
+    """The Hessians with the identity for θ on a boundary, and for all where a fit failed."""
+    k = layout.n_theta
+    out = np.where(failed[:, None, None], np.eye(hessian.shape[-1]), hessian)
+    out[singular, :k] = out[singular, :, :k] = 0.0
+    out[np.ix_(singular, np.arange(k), np.arange(k))] = np.eye(k)
+    return out
 
 
 def _quantiles(values: np.ndarray, tails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -259,13 +287,19 @@ class _Structure(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _transformed(
-    layout: Layout, method: str, structure: _Structure, gram: Gram, rhs: Rhs, theta: jax.Array
+    layout: Layout, method: str, structure: _Structure, gram: Any, rhs: Any, theta: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log SDs, Fisher's z, log σ; slopes in θ along the profile, and in log σ² at fixed θ."""
+    """log SDs, Fisher's z, log σ, residual parameters as reported; slopes in (θ, φ) along the
+    profile, and in log σ² at fixed (θ, φ).
+
+    ``gram`` is a Gram or a source whose parts are ``rhs``, with φ behind θ.
+    """
+    k = layout.n_theta
+    residual = gram.structure if isinstance(gram, Source) else None
 
     def at(t: jax.Array, log_s2: jax.Array) -> jax.Array:
         out = []
-        lams = lk.factors(layout, t, [jnp.asarray(B) for B in structure.units])
+        lams = lk.factors(layout, t[:k], [jnp.asarray(B) for B in structure.units])
         for lam, places in zip(lams, structure.places, strict=True):
             cov = lam @ lam.T
             for i, j in places:
@@ -273,18 +307,23 @@ def _transformed(
                     out.append(0.5 * (jnp.log(cov[i, i]) + log_s2))
                 else:
                     out.append(jnp.arctanh(cov[i, j] / jnp.sqrt(cov[i, i] * cov[j, j])))
-        return jnp.stack([*out, 0.5 * log_s2])
+        if residual is None:
+            return jnp.stack([*out, 0.5 * log_s2])
+        reference = jnp.log(residual.variances.reference(t[k + residual.n_corr :]))
+        own = jnp.stack([*out, 0.5 * log_s2 + reference])
+        return jnp.concatenate([own, residual.natural(t[k:])])
 
-    def one(args: tuple[Rhs, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        rhs, t = args
+    def one(args: tuple[Any, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        part, t = args
 
         def log_s2(t: jax.Array) -> jax.Array:
-            return jnp.log(lk.profiled_sigma2(lk.reduce(layout, t, gram, rhs), method))
+            products = (gram, part) if residual is None else gram.with_response(part).gram(t[k:])
+            return jnp.log(lk.profiled_sigma2(lk.reduce(layout, t[:k], *products), method))
 
         along = jax.jacfwd(lambda t: at(t, log_s2(t)))(t)
         return at(t, log_s2(t)), along, jax.jacfwd(at, 1)(t, log_s2(t))
 
-    return jax.lax.map(one, (rhs, theta), batch_size=batch.choose_lanes(layout))
+    return jax.lax.map(one, (rhs, theta), batch_size=batch.choose_lanes(layout, rhs))
 
 
 def _structure(model: Any) -> _Structure:
@@ -304,36 +343,69 @@ def bootstrap(fit: Fit, n: int = 1000, seed: int = 0) -> Bootstrap:
     began = time.perf_counter()
     if not (isinstance(n, int | np.integer) and n >= 1):
         raise DataError(f"n={n!r} is not a number of replicates; expected an integer, 1 or more.")
-    _check_residual(fit)
-    plan, _, gram, own_rhs = batch.standard(fit.model)
-    layout = plan.layout
-    small = collapse.collapse(layout, gram)
-    fit_layout, fit_gram = (layout, gram) if small is None else (small.layout, small.gram)
-    rotate = (lambda r: r) if small is None else small.rhs
-    the_root = rowfree.root(layout, gram)
+    made = _with_residual(fit) if fit.model.is_structured else _without_rows(fit)
     rng = np.random.default_rng(seed)
     start = _start(fit)
     parts, rights = [], []
-    chunk = int(np.clip(NUMBERS // (layout.q + layout.p + 1), 16, CHUNK))
+    chunk = int(np.clip(NUMBERS // made.drawn, 16, CHUNK))
     size = chunk if n > chunk else None
-    keep = n * (fit_layout.q + fit_layout.p + 1) <= KEPT
+    keep = n * made.kept <= KEPT
     for at in range(0, int(n), chunk):
-        drawn = rotate(_draw(fit, layout, the_root, rng, min(chunk, int(n) - at)))
+        drawn = made.draw(rng, min(chunk, int(n) - at))
         rights += [drawn] if keep else []
-        parts.append(batch.fit_items(fit_layout, fit.method, fit_gram, drawn, start, size=size))
+        parts.append(batch.fit_items(made.layout, fit.method, made.gram, drawn, start, size=size))
     whole = jax.tree.map(lambda *a: np.concatenate(a), *parts)
-    own = rotate(jax.tree.map(lambda a: np.asarray(a)[None], own_rhs))
-    rhs = jax.tree.map(lambda *a: np.concatenate(a), own, *rights) if keep else None
-    return _result(fit, int(n), seed, whole, fit_layout, fit_gram, rhs, time.perf_counter() - began)
+    rhs = jax.tree.map(lambda *a: np.concatenate(a), made.own, *rights) if keep else None
+    return _result(fit, int(n), seed, whole, made, rhs, time.perf_counter() - began)
 
 
-def _check_residual(fit: Fit) -> None:
-    if len(fit.residual_params()):
-        raise LmmError(
-            "the model has parameters in its residual structure, which cross-products drawn once "
-            "cannot carry; expected independent residuals or known weights. Simulate rows with "
-            "fit.simulate() and refit them."
-        )
+class _Replicates(NamedTuple):
+    """How replicates of a fit are drawn, and what they have in common."""
+
+    layout: Layout
+    gram: Any  # Gram, or a source of cross-products
+    own: Any  # right-hand side of the fit itself, with a leading axis of 1
+    draw: Callable[[np.random.Generator, int], Any]
+    drawn: int  # numbers that drawing one replicate takes
+    kept: int  # numbers of its right-hand side
+
+
+def _without_rows(fit: Fit) -> _Replicates:
+    """Replicates as cross-products, levels with equal blocks collapsed."""
+    plan, _, gram, own = batch.standard(fit.model)
+    layout = plan.layout
+    small = collapse.collapse(layout, gram)
+    the_layout, the_gram = (layout, gram) if small is None else (small.layout, small.gram)
+    rotate = (lambda r: r) if small is None else small.rhs
+    the_root = rowfree.root(layout, gram)
+    return _Replicates(
+        the_layout,
+        the_gram,
+        rotate(jax.tree.map(lambda a: np.asarray(a)[None], own)),
+        lambda rng, m: rotate(_draw(fit, layout, the_root, rng, m)),
+        layout.q + layout.p + 1,
+        the_layout.q + the_layout.p + 1,
+    )
+
+
+def _with_residual(fit: Fit) -> _Replicates:
+    """Replicates as simulated rows."""
+    responses = _structured_responses(fit)
+    source = responses.source
+
+    def draw(rng: np.random.Generator, m: int) -> Any:
+        return responses.on_units(fit.simulate(m, seed=int(rng.integers(2**63))).to_numpy())
+
+    own = jax.tree.map(lambda a: np.asarray(a)[None], source.response)
+    kept = batch.numbers_of_one(own)
+    drawn = 4 * (fit.n_obs + kept)
+    return _Replicates(fit.model._plan.layout, source, own, draw, drawn, kept)
+
+
+def _structured_responses(fit: Fit) -> StructuredResponses:
+    model = fit.model
+    plan, _, source = model._prepared
+    return StructuredResponses(model.design, plan, standardise(model.design), source)  # type: ignore[arg-type]
 
 
 def _draw(
@@ -347,10 +419,14 @@ def _draw(
 
 
 def _start(fit: Fit) -> np.ndarray:
-    """The fit's θ where it is well inside, the usual start otherwise."""
+    """The fit's (θ, φ) where they are well inside, the usual start otherwise."""
     lams = fit.model._factors(fit._theta_s)
     inside = all(np.min(np.abs(np.diag(np.linalg.qr(lam.T, mode="r")))) > 0.1 for lam in lams)
-    return fit._theta_s if inside else estimate.start(fit.model._plan.layout)
+    theta = fit._theta_s if inside else estimate.start(fit.model._plan.layout)
+    if not fit.model.is_structured:
+        return theta
+    far = np.max(np.abs(fit.phi)) > FAR
+    return np.append(theta, fit.model._source().start() if far else fit.phi)
 
 
 def _result(
@@ -358,9 +434,8 @@ def _result(
     n: int,
     seed: int,
     whole: batch.Batch,
-    layout: Layout,
-    gram: Gram,
-    rhs: Rhs | None,
+    made: _Replicates,
+    rhs: Any,
     seconds: float,
 ) -> Bootstrap:
     import pandas as pd
@@ -373,13 +448,18 @@ def _result(
         (sigma**2)[:, None, None] * (B @ lam) @ np.swapaxes(B @ lam, 1, 2)
         for B, lam in zip(units.B, items.lams, strict=True)
     ]
-    names = [*model.design.x_names, *components.names(model.design.terms)]
-    both = np.concatenate([beta, components.values(model.design.terms, covs, sigma)], axis=1)
+    residual = model.design.residual
+    structure = None if residual is None else residual.structure
+    natural, sd = batch.reported(structure, items.theta)
+    own = components.values(model.design.terms, covs, sigma * sd)
+    names = [*model.design.x_names, *components.names(model.design.terms), *model.phi_names]
+    both = np.concatenate([beta, own, natural], axis=1)
     vcov = np.einsum("ia,mab,ib->mi", units.A, items.unscaled_vcov, units.A)
     se = sigma[:, None] * np.sqrt(vcov)
     hessian = np.concatenate([fit._hessian_s[None], items.hessian])
-    theta = np.concatenate([fit._theta_s[None], items.theta])
-    pieces = (layout, gram, rhs, theta, hessian, float(np.log(units.scale)), _structure(model))
+    theta = np.concatenate([np.append(fit._theta_s, fit.phi)[None], items.theta])
+    scale = float(np.log(units.scale))
+    pieces = (made.layout, made.gram, rhs, theta, hessian, scale, _structure(model))
     return Bootstrap(
         fit=fit,
         n=n,
@@ -433,8 +513,6 @@ def null_statistics(small: Fit, big: Fit, n: int = 1000, seed: int = 0) -> NullS
     ----------
     Davison and Hinkley (1997). Bootstrap Methods and their Application, eq. 4.11.
     """
-    for fit in (small, big):
-        _check_residual(fit)
     if small.n_obs != big.n_obs or small.method != big.method:
         raise DataError(
             f"found fits of {small.n_obs} rows by {small.method} and of {big.n_obs} rows by "
@@ -451,6 +529,12 @@ def null_statistics(small: Fit, big: Fit, n: int = 1000, seed: int = 0) -> NullS
 
 def _refit(fit: Fit, Y: np.ndarray, size: int) -> np.ndarray:
     """Criterion of the fit's model for every column of Y, NaN where it failed."""
+    if fit.model.is_structured:
+        responses, layout = _structured_responses(fit), fit.model._plan.layout
+        parts = responses.on_units(Y)
+        done = batch.fit_items(layout, fit.method, responses.source, parts, _start(fit), size=size)
+        value = done.items.value + fit.model._units.constant(fit.method)
+        return np.where(done.status <= batch.SINGULAR, value, np.nan)
     plan, units, gram, _ = batch.standard(fit.model)
     design = fit.model.design
     made = Responses(design, plan, standardise(design), gram)(Y)

@@ -67,26 +67,14 @@ def _fit(options: argparse.Namespace) -> BatchFit:
     shared = {
         "method": options.method,
         "df": options.df,
-        "weights": _weights(options),
+        "residual": options.residual,
+        "weights": options.weights,
         "offset": options.offset,
         "progress": sys.stderr.isatty(),
     }
     if options.by:
         return fit_groups(options.formula, data, by=options.by, **shared)
     return fit_many(options.formula, data, options.responses, **shared)
-
-
-def _weights(options: argparse.Namespace) -> Any:
-    """Weights, or the known variances of ``--residual varfixed(v)``; a batch has no others."""
-    from lmmjax.model import _known_variances, parse_residual
-
-    spec = None if options.residual is None else parse_residual(options.residual)
-    if spec is not None and spec.structured:
-        raise DataError(
-            f"--residual {options.residual!r} has parameters; a batch expects independent errors "
-            'or "varfixed(v)". Fit the items one by one with lmmjax fit.'
-        )
-    return _known_variances(spec, options.weights)
 
 
 def _out(path: str) -> Path:
@@ -123,6 +111,7 @@ def batch_record(made: BatchFit, table: pd.DataFrame) -> dict[str, Any]:
         "seconds": made.seconds,
         "fixed": table.astype({"term": str}).to_dict("records"),
         "varcorr": made.varcorr().to_dict("records"),
+        "residual": made.residual_params().astype({"parameter": str}).to_dict("records"),
         "status": made.status.reset_index().astype({"status": str}).to_dict("records"),
     }
 

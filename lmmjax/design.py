@@ -367,18 +367,45 @@ def build_design(
     >>> design.x_names, design.terms[0].names, list(design.terms[0].levels)
     (('(Intercept)', 'x'), ('(Intercept)',), ['a', 'b'])
     """
+    design, values = design_and_residual(
+        formula,
+        data,
+        residual=residual,
+        weights=weights,
+        offset=offset,
+        contrasts=contrasts,
+        missing=missing,
+        safe=safe,
+    )
+    if residual is not None and residual.structured:
+        found = build(residual, values, design.n, design.n_dropped, design.rows)
+        design = replace(design, residual=found)
+    check_terms(design)
+    return design
+
+
+def design_and_residual(
+    formula: str,
+    data: Any,
+    *,
+    residual: ResidualSpec | None,
+    weights: Any,
+    offset: Any,
+    contrasts: Mapping[str, str] | None,
+    missing: str,
+    safe: bool = False,
+) -> tuple[Design, dict[str, Any]]:
+    """The design without its residual structure, and the values of the structure's variables.
+
+    For tables of many data sets, where subjects and positions count within each; parameters as for
+    :func:`build_design`, which checks the number of levels against the rows as well.
+    """
     if missing not in ("drop", "raise"):
         raise DataError(f'found missing={missing!r}; expected "drop" or "raise".')
     parsed = parse(formula)
     raw = evaluate(parsed, Table(data), weights, offset, safe, residual)
-    keep = complete_rows(raw, missing)
-    raw = raw.take(keep)
-    design = _assemble(parsed, raw, {} if contrasts is None else contrasts, safe)
-    if residual is not None and residual.structured:
-        found = build(residual, raw.residual, design.n, raw.n_dropped, raw.rows)
-        design = replace(design, residual=found)
-    _check_terms(design)
-    return design
+    raw = raw.take(complete_rows(raw, missing))
+    return _assemble(parsed, raw, {} if contrasts is None else contrasts, safe), raw.residual
 
 
 # Coding ---------------------------------------------------------------------------------------
@@ -620,7 +647,8 @@ def _check_weights(weights: np.ndarray, rows: pd.Index) -> None:
         )
 
 
-def _check_terms(design: Design) -> None:
+def check_terms(design: Design) -> None:
+    """Refuse a grouping factor of one level."""
     for term, spec in zip(design.terms, design.spec.random, strict=True):
         if len(term.levels) < 2:
             refuse_one_level(term, spec)

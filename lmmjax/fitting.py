@@ -82,6 +82,7 @@ def fit_model(
     optimizer: Any,
     start: Any,
     information: str = "expected",
+    mesh: Any = None,
 ) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
     from lmmjax.design import check_identifiable
@@ -95,7 +96,7 @@ def fit_model(
     key, name = _optimizer_key(optimizer)
     free0 = np.asarray(_start(model, start), model.dtype)
     began = time.perf_counter()
-    solution = _solve(model, method, free0, key)
+    solution = _solve(model, method, free0, key, mesh)
     fit = Fit(
         model=model,
         method=method,
@@ -115,11 +116,15 @@ def fit_model(
     return fit
 
 
-def _solve(model: Model, method: str, free0: np.ndarray, key: Any) -> Solution:
-    """The compiled fit: with residual parameters, or in the bucket of the model's shapes."""
+def _solve(model: Model, method: str, free0: np.ndarray, key: Any, mesh: Any) -> Solution:
+    """The compiled fit: over devices, with residual parameters, or in the bucket of its shapes."""
     layout = model._plan.layout
     with one_blas_thread(layout.d + layout.p >= SMALL):
-        if model.is_structured:
+        if mesh is not None:
+            from lmmjax.sharding import solve
+
+            values = solve(model, mesh, method, free0, key)
+        elif model.is_structured:
             from lmmjax.residual import program
 
             values = program.solve(layout, method, model._source(), free0, optimizer=key)

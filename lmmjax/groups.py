@@ -3,7 +3,8 @@ r"""``fit_groups``: one formula, many data sets, ragged, a few compiled programs
 The formula is evaluated once on the whole table. Cross-products of all data sets are summed without
 a loop over them (assemble.py) and padded to a few bucket sizes; each bucket is one batch. Data sets
 that lack a level of a fixed factor, or have dependent columns, form buckets with the columns that
-they have.
+they have. With residual parameters each data set has a source of whitened rows, and these are
+padded (residual/ragged.py).
 """
 
 from __future__ import annotations
@@ -25,14 +26,23 @@ from lmmjax.batchfit import (
     check_df,
     concatenate,
     missing_items,
+    put,
     take,
 )
-from lmmjax.design import Design, build_design
-from lmmjax.errors import DataError
+from lmmjax.design import Design, check_terms, design_and_residual
+from lmmjax.errors import DataError, DesignError, ResidualWarning
+from lmmjax.gram import EXACT_FIT, Units, plan, standardise
 from lmmjax.many import _bar, _model, _rows
-from lmmjax.model import check_method
+from lmmjax.model import check_method, known_variances
 from lmmjax.precision import in_float64
 from lmmjax.rank import independent_columns
+from lmmjax.residual import ragged
+from lmmjax.residual.frame import build
+from lmmjax.residual.language import ResidualSpec, parse_residual
+from lmmjax.residual.setup import whitened_rows
+from lmmjax.residual.source import Rows
+from lmmjax.residual.structures import CompoundSymmetry, Structure
+from lmmjax.variables import take_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +51,9 @@ if TYPE_CHECKING:
 
 #: eigenvalues of an item's centred and scaled X'X below this are looked at closely
 NEARLY = 1e-9
+
+#: free ρ of compound symmetry below which it lies within 1 % of its range from the bound
+NEAR = -4.0
 
 #: data sets fitted at a time at most
 MOST = 4096
@@ -54,6 +67,7 @@ def fit_groups(
     *,
     method: str = "REML",
     df: str | None = None,
+    residual: str | None = None,
     weights: Any = None,
     offset: Any = None,
     contrasts: dict[str, str] | None = None,
@@ -71,8 +85,10 @@ def fit_groups(
         All data sets, one below the other, in any order.
     by : str or list of str
         Columns whose values tell the data sets apart; several give items that are tuples.
-    method, df, weights, offset, contrasts, missing
-        As :class:`lmmjax.Model`; weights may differ from data set to data set.
+    method, df, residual, weights, offset, contrasts, missing
+        As :class:`lmmjax.Model`; weights may differ from data set to data set, and subjects and
+        positions of the residual structure count within a data set. One that the structure does
+        not fit (a position twice, one level of varident) fails and is told in ``notes``.
     chunk : int, optional
         Data sets at a time; 4,096 by default, fewer where their blocks are large.
     mesh : jax.sharding.Mesh, optional
@@ -111,21 +127,26 @@ def fit_groups(
     method = check_method(method)
     df = None if df is None else check_df(df)
     frame, keys = _frame_and_keys(data, by)
-    design = build_design(
+    spec = None if residual is None else parse_residual(residual)
+    design, values = design_and_residual(
         formula,
         frame,
-        weights=weights,
+        residual=spec,
+        weights=known_variances(spec, weights),
         offset=offset,
         contrasts=contrasts,
         missing=missing,
     )
+    check_terms(design)
     labels, item = _items(keys, np.asarray(design.rows), by)
     stack, order = _stack(design, item, len(labels))
-    worker = _Worker(stack, method, mesh, chunk)
+    columns = kept_columns(stack)
+    df = df or ("satterthwaite" if design.terms or values else "residual")
+    single = _Single(design, order, stack.item, columns, formula, method, df, spec, values)
+    worker: _Worker = _Worker(stack, columns, method, mesh, chunk)
+    if values:
+        worker = _StructuredWorker(stack, columns, method, mesh, chunk, single, labels)
     arrays, notes = worker.run(progress)
-    df = df or ("satterthwaite" if design.terms else "residual")
-
-    single = _Single(design, order, stack.item, worker.columns, formula, method, df)
     return BatchFit(
         formula=formula,
         method=method,
@@ -136,6 +157,8 @@ def fit_groups(
         arrays=arrays,
         seconds=time.perf_counter() - began,
         notes=tuple(notes),
+        residual=residual,
+        residual_names=tuple(worker.residual_names),
         _single=single,
     )
 
@@ -204,11 +227,18 @@ class _Single:
     formula: str
     method: str
     df: str
+    spec: ResidualSpec | None
+    values: dict[str, Any]  # of the variables of the residual structure
 
     def __call__(self, i: int) -> Fit:
-        here = np.zeros(self.design.n, bool)
-        here[self.order[self.item == i]] = True
-        piece = _rows(self.design, here, drop_levels=True)
+        residual = None if self.spec is None else self.spec.text
+        return _model(self.formula, self.piece(i), residual).fit(self.method, df=self.df)
+
+    def piece(self, i: int) -> Design:
+        """The design of one data set."""
+        a, b = np.searchsorted(self.item, [i, i + 1])
+        rows = np.sort(self.order[a:b])
+        piece = _rows(self.design, rows, drop_levels=True)
         columns = self.columns[i]
         if not columns.all():
             names = np.array(piece.x_names)
@@ -219,7 +249,12 @@ class _Single:
                 x_assign=piece.x_assign[columns],
                 aliased=(*piece.aliased, *names[~columns]),
             )
-        return _model(self.formula, piece).fit(self.method, df=self.df)
+        if not self.values:
+            return piece
+        assert self.spec is not None
+        some = {name: take_rows(value, rows) for name, value in self.values.items()}
+        found = build(self.spec, some, piece.n, self.design.n_dropped, piece.rows)
+        return dataclasses.replace(piece, residual=found)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -232,26 +267,28 @@ class _Worker:
     """Sorts items into buckets and fits these one after the other."""
 
     stack: Stack
+    columns: np.ndarray  # (m, p) that each item keeps
     method: str
     mesh: Any
     chunk: int | None
 
     def __post_init__(self) -> None:
         stack = self.stack
+        self.residual_names: list[str] = []
         self.n = np.bincount(stack.item, minlength=stack.m)
         self.levels = [assemble.levels_of(stack, t) for t in stack.terms]
-        self.columns = kept_columns(stack)
         p = self.columns.sum(axis=1)
         fits = self.n > p
         for t, v in zip(stack.terms, self.levels, strict=True):
             fits &= (v.number >= 2) & (v.number * t.z.shape[1] < self.n)
-        self.fits = fits
+        self.status = np.where(fits, batch.NOT_RUN, batch.TOO_FEW)  # of items without a fit
+        self.notes: list[str] = []
 
     def buckets(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(columns, items) of each bucket, items at most ``chunk``."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         sizes = [self._sizes(v.number) for v in self.levels]
-        for i in np.flatnonzero(self.fits).tolist():
+        for i in np.flatnonzero(self.status == batch.NOT_RUN).tolist():
             key = (*self.columns[i].tolist(), *(int(s[i]) for s in sizes))
             groups.setdefault(key, []).append(i)
         out = []
@@ -277,7 +314,7 @@ class _Worker:
 
     def run(self, progress: bool) -> tuple[Arrays, list[str]]:
         """Fit all buckets; items in order."""
-        parts, places, notes = [], [], []
+        parts, places, notes = [], [], self.notes
         bar = _bar(progress, self.stack.m)
         try:
             for columns, members in self.buckets():
@@ -288,18 +325,18 @@ class _Worker:
             if not parts:
                 raise
             notes.append("interrupted; some items were not run")
-            warnings.warn(notes[0], UserWarning, stacklevel=4)
+            warnings.warn(notes[-1], UserWarning, stacklevel=4)
         finally:
             bar.close()
         if not parts:
             raise DataError(
                 "found no data set with enough rows and levels for the model; expected more rows "
-                "than effects, and two levels of each grouping factor, in at least one."
+                "than effects, and two levels of each grouping factor, in at least one. "
+                + " ".join(notes)
             )
-        status = np.where(self.fits, batch.NOT_RUN, batch.TOO_FEW)
         rest = np.setdiff1d(np.arange(self.stack.m), np.concatenate(places))
         blank = missing_items(len(rest), parts[0], batch.NOT_RUN)
-        parts.append(blank._replace(status=status[rest].astype(np.int8), n_obs=self.n[rest]))
+        parts.append(blank._replace(status=self.status[rest].astype(np.int8), n_obs=self.n[rest]))
         whole = concatenate(parts)
         return take(whole, np.argsort(np.concatenate([*places, rest]), kind="stable")), notes
 
@@ -313,6 +350,121 @@ class _Worker:
             layout, self.method, gram, rhs, shared=False, mesh=self.mesh, size=self.chunk
         )
         return _widened(arrays_of(done, units, self.method), columns)
+
+
+@dataclass
+class _StructuredWorker(_Worker):
+    """Data sets with a residual structure: a padded source of whitened rows each."""
+
+    single: _Single
+    labels: Any
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.made: dict[int, tuple[Rows, Units]] = {}
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for i in np.flatnonzero(self.status == batch.NOT_RUN).tolist():
+                self._make(i)
+        for text in dict.fromkeys(str(w.message) for w in told):
+            warnings.warn(text, ResidualWarning, stacklevel=5)
+        structures = [rows.structure for rows, _ in self.made.values()]
+        self.residual_names = list(dict.fromkeys(name for s in structures for name in s.names))
+        kinds = dict.fromkeys(map(ragged.kind, structures))
+        self.common = {
+            k: ragged.Common.of([s for s in structures if ragged.kind(s) == k]) for k in kinds
+        }
+
+    def _make(self, i: int) -> None:
+        """Source and units of one data set, or a status that says why there are none."""
+        try:
+            piece = self.single.piece(i)
+            standardised = standardise(piece)
+        except (DataError, DesignError) as error:
+            exact = str(error) == EXACT_FIT
+            self.status[i] = batch.EXACT if exact else batch.UNFIT
+            if not exact:
+                self.notes.append(f"{self.labels[i]}: {error}")
+            return
+        self.made[i] = whitened_rows(piece, plan(piece), standardised), standardised.units
+
+    def buckets(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(columns, items) of each bucket: one kind of structure, layout and size."""
+        groups: dict[Any, list[int]] = {}
+        numbers = {i: ragged.numbers(rows) for i, (rows, _) in self.made.items()}
+        # one size where the work saved would not pay a compilation
+        apart = max(numbers.values(), default=0) * len(self.made) > 2**24
+        for i, (rows, _) in self.made.items():
+            layout, sizes = rows.layout, ragged.sizes_of(rows)
+            shape = [(t, S) for t, S, _ in (*layout.chain, *layout.core)]
+            key = (ragged.kind(rows.structure), *self.columns[i].tolist(), *shape)
+            size = [bucket_size(np.array(k), 2) for k in (sizes.subjects, sizes.rows)]
+            key = (*key, len(layout.chain), *(map(int, size) if apart else ()))
+            groups.setdefault(key, []).append(i)
+        out = []
+        for members in groups.values():
+            most = max(numbers[i] for i in members)
+            limit = self.chunk or int(np.clip(2**23 // most, 8, MOST))
+            for at in range(0, len(members), limit):
+                some = np.array(members[at : at + limit])
+                out.append((self.columns[some[0]], some))
+        return out
+
+    def _fit(self, columns: np.ndarray, members: np.ndarray) -> Arrays:
+        arrays, phi = self._fit_rows(columns, members, own_range=False)
+        family = self.made[int(members[0])][0].structure.family
+        if isinstance(family, CompoundSymmetry):
+            # ρ near the common bound: the data set's own bound may be lower
+            for i in np.flatnonzero(phi[:, 0] < NEAR):
+                mine, _ = self._fit_rows(columns, members[i : i + 1], own_range=True)
+                arrays = put(arrays, int(i), mine)
+        return arrays
+
+    def _fit_rows(
+        self, columns: np.ndarray, members: np.ndarray, own_range: bool
+    ) -> tuple[Arrays, np.ndarray]:
+        """Estimates of the members, and their free residual parameters."""
+        first = self.made[int(members[0])][0].structure
+        common = self.common[ragged.kind(first)]
+        sources = [common.apply(self.made[i][0], own_range) for i in members.tolist()]
+        every = [ragged.sizes_of(rows) for rows in sources]
+        sizes = ragged.Sizes(*(ragged.largest(values) for values in zip(*every, strict=True)))
+        padded = ragged.stack([ragged.pad(rows, sizes) for rows in sources])
+        done = batch.fit_items(
+            padded.layout,
+            self.method,
+            padded,
+            padded.response,
+            shared=False,
+            mesh=self.mesh,
+            size=self.chunk,
+        )
+        units = _stacked_units([self.made[i][1] for i in members.tolist()])
+        arrays = _widened(arrays_of(done, units, self.method, padded.structure), columns)
+        phi = done.items.theta[:, padded.layout.n_theta :]
+        return self._all_names(arrays, padded.structure.names), phi
+
+    def _all_names(self, arrays: Arrays, names: list[str]) -> Arrays:
+        """NaN for the residual parameters that these items lack, which have no curvature either."""
+        lack = len(self.residual_names) - len(names)
+        m, k = arrays.hessian.shape[:2]
+        residual = np.full((m, len(self.residual_names)), np.nan)
+        residual[:, [self.residual_names.index(name) for name in names]] = arrays.residual
+        hessian = np.broadcast_to(np.eye(k + lack), (m, k + lack, k + lack)).copy()
+        hessian[:, :k, :k] = arrays.hessian
+        dvcov = np.pad(arrays.dvcov, [(0, 0)] * 3 + [(0, lack)])
+        return arrays._replace(residual=residual, hessian=hessian, dvcov=dvcov)
+
+
+def _stacked_units(units: list[Units]) -> ItemUnits:
+    return ItemUnits(
+        np.stack([u.A for u in units]),
+        np.stack([u.beta0 for u in units]),
+        np.array([u.scale for u in units]),
+        tuple(np.stack(parts) for parts in zip(*(u.B for u in units), strict=True)),
+        np.array([u.n for u in units]),
+        np.zeros(len(units), bool),
+    )
 
 
 def bucket_size(count: np.ndarray, base: int) -> np.ndarray:
@@ -335,8 +487,11 @@ def kept_columns(stack: Stack) -> np.ndarray:
     return keep
 
 
-def arrays_of(done: batch.Batch, units: ItemUnits, method: str) -> Arrays:
+def arrays_of(
+    done: batch.Batch, units: ItemUnits, method: str, structure: Structure | None = None
+) -> Arrays:
     """Estimates of items with units of their own in the units of the data."""
+    natural, sd = batch.reported(structure, done.items.theta)
     items, A, scale = done.items, units.A, units.scale
     p = A.shape[-1]
     sigma = scale * np.sqrt(items.sigma2)
@@ -359,11 +514,12 @@ def arrays_of(done: batch.Batch, units: ItemUnits, method: str) -> Arrays:
         dvcov=dV * scale[:, None, None, None] ** 2,
         hessian=items.hessian,
         covs=tuple(covs),
-        sigma=sigma,
+        sigma=sigma * sd,
         loglik=-0.5 * (items.value + constant),
         n_evals=items.n_evals,
         status=status.astype(np.int8),
         retried=done.retried,
+        residual=natural,
     )
 
 

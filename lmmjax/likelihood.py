@@ -533,8 +533,9 @@ def ranef_cov(layout: Layout, theta: jax.Array, gram: Gram) -> tuple[jax.Array, 
     -----
     Since ∂ log|Λ'AΛ + I| / ∂A = Λ(Λ'AΛ + I)⁻¹Λ', the blocks are the gradient of the ML
     log-determinant in the cross-products: one reverse pass, no inverse is formed. One factor by
-    itself has Λ U⁻¹U⁻'Λ' in closed form, at half the compilation. In a sparse layout, whose core is large, by the inverse Q = Λ_c(core)⁻¹Λ_c' instead: its diagonal blocks,
-    and G_i + G_iB_iQB_i'G_i for the chain.
+    itself has Λ U⁻¹U⁻'Λ' in closed form, at half the compilation. In a sparse layout, whose core
+    is large, by the inverse Q = Λ_c(core)⁻¹Λ_c' instead: its diagonal blocks, and
+    G_i + G_iB_iQB_i'G_i for the chain.
     """
     if layout.sparse:
         return _sparse_ranef_cov(layout, theta, gram)

@@ -34,6 +34,10 @@ from lmmjax.gram import Layout, Units
 from lmmjax.model import Model, check_method
 from lmmjax.precision import in_float64
 from lmmjax.rank import independent_columns
+from lmmjax.residual.language import parse_residual
+from lmmjax.residual.responses import StructuredResponses
+from lmmjax.residual.source import Patterns
+from lmmjax.residual.structures import Structure
 from lmmjax.responses import Products, Responses
 from lmmjax.sources import Source, open_source
 from lmmjax.table import Table
@@ -56,6 +60,7 @@ def fit_many(
     *,
     method: str = "REML",
     df: str | None = None,
+    residual: str | None = None,
     weights: Any = None,
     offset: Any = None,
     contrasts: dict[str, str] | None = None,
@@ -79,6 +84,9 @@ def fit_many(
     method : {"REML", "ML"}
     df : {"satterthwaite", "residual", "wald"}, optional
         Default as for a single fit.
+    residual : str, optional
+        Residual structure, as :class:`lmmjax.Model`; each response has parameters of its own. A
+        response with missing values then fails (its status says so): fit it alone.
     weights, offset, contrasts
         As :class:`lmmjax.Model`; one set for all responses.
     missing : {"drop", "raise"}
@@ -123,10 +131,10 @@ def fit_many(
     df = None if df is None else check_df(df)  # before any work is done
     if missing not in ("drop", "raise"):
         raise DataError(f"missing={missing!r} is unknown; expected 'drop' or 'raise'.")
-    shared = _Shared.build(formula, data, weights, offset, contrasts, missing)
+    shared = _Shared.build(formula, data, residual, weights, offset, contrasts, missing)
     responses = [responses] if isinstance(responses, str) else responses
     source = open_source(responses, shared.n_rows, shared.columns, layer)
-    chunk = _chunk(chunk, shared.design.n, shared.model._plan.layout.q + shared.design.p)
+    chunk = _chunk(chunk, shared.design.n, shared.numbers)
     labels: list[Any] = []
     parts: list[Arrays] = []
     notes: list[str] = []
@@ -203,24 +211,36 @@ class _Shared:
     kept: np.ndarray  # positions of the rows used, (n,)
     n_rows: int
     columns: Any  # reads columns of the caller's table
-    responses: Responses
+    responses: Responses | StructuredResponses
     collapsed: collapse.Collapsed | None
     labels: Any  # row labels of the caller's table
-    standard: tuple[Any, ...]  # plan, units, Gram and Rhs of the stand-in
+    standard: tuple[Any, ...]  # plan, units, and Gram or source of the stand-in
 
     @classmethod
     def build(
-        cls, formula: str, data: Any, weights: Any, offset: Any, contrasts: Any, missing: str
+        cls,
+        formula: str,
+        data: Any,
+        residual: str | None,
+        weights: Any,
+        offset: Any,
+        contrasts: Any,
+        missing: str,
     ) -> _Shared:
-        right = formula.split("~", 1)[-1]
+        right = formula.split("~", 1)[-1].strip()
         text = f"{STAND_IN} ~ {right}"
-        nodes = [parse_expr(right.strip())]
+        nodes = [parse_expr(right)]
         nodes += [parse_expr(a) for a in (weights, offset) if isinstance(a, str)]
+        if residual is not None:
+            spec = parse_residual(residual)
+            known = spec.weights()
+            nodes += [*spec.nodes, *([] if known is None else [parse_expr(known)])]
         table = Table(data)
         frame = _frame(table, nodes)
         model = Model(
             text,
             frame,
+            residual=residual,
             weights=weights,
             offset=offset,
             contrasts=contrasts,
@@ -229,10 +249,18 @@ class _Shared:
         from lmmjax.design import check_identifiable
 
         check_identifiable(model.design)
-        standard = batch.standard(model)
-        plan, _, the_gram, _ = standard
         design = model.design
-        ready = Responses(design, plan, gram.standardise(design), the_gram)
+        ready: Responses | StructuredResponses
+        if model.is_structured:
+            products: Any
+            plan, units, products = model._prepared
+            ready = StructuredResponses(design, plan, gram.standardise(design), products)
+            small = None
+        else:
+            plan, units, the_gram, _ = batch.standard(model)
+            ready = Responses(design, plan, gram.standardise(design), the_gram)
+            small = collapse.collapse(plan.layout, the_gram)
+            products = the_gram
         return cls(
             model,
             design,
@@ -240,10 +268,18 @@ class _Shared:
             len(frame),
             lambda names: _columns(table, names),
             ready,
-            collapse.collapse(plan.layout, the_gram),
+            small,
             table.rows,
-            standard,
+            (plan, units, products),
         )
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in the products of one response."""
+        if isinstance(self.responses, StructuredResponses):
+            own = jax.tree.leaves(self.responses.source.response)
+            return sum(int(np.size(a)) for a in own)
+        return self.model._plan.layout.q + self.design.p
 
     def fit(
         self,
@@ -258,7 +294,7 @@ class _Shared:
         whole = len(self.kept) == self.n_rows
         Y = block if whole else block[self.kept]
         made = self.responses(Y)
-        odd = np.flatnonzero(~np.isfinite(made.rhs.yy))
+        odd = np.flatnonzero(~np.isfinite(made.scale))
         lacking = odd[np.isnan(Y[:, odd]).any(axis=0)]
         if len(lacking) == 0:
             return self._complete(made, method, size, mesh)
@@ -268,6 +304,8 @@ class _Shared:
                 f"found missing values in {len(lacking)} responses ({some} ...); expected complete "
                 'ones. Use missing="drop" to fit each on the rows it has.'
             )
+        if self.model.is_structured:
+            return self._complete(made, method, size, mesh)
         present = np.setdiff1d(np.arange(Y.shape[1]), lacking)
         parts = [self._incomplete(Y[:, lacking], method, size, mesh)]
         if len(present):
@@ -277,18 +315,23 @@ class _Shared:
         return take(concatenate(parts), order)
 
     def _complete(self, made: Products, method: str, size: int, mesh: Any) -> Arrays:
-        plan, units, the_gram, _ = self.standard
+        plan, units, the_gram = self.standard
         layout, rhs = plan.layout, made.rhs
-        theta0 = start.moments_of_many(layout, the_gram, rhs)
+        structured = self.model.is_structured
+        if structured:
+            theta0 = starts(layout, the_gram, made)
+        else:
+            theta0 = start.moments_of_many(layout, the_gram, rhs)
         if self.collapsed is not None:
             layout, the_gram = self.collapsed.layout, self.collapsed.gram
             rhs = self.collapsed.rhs(rhs)
         done = batch.fit_items(layout, method, the_gram, rhs, theta0, size=size, mesh=mesh)
-        return arrays_of(done, units, made.beta0, made.scale, method, made.exact)
+        structure = the_gram.structure if structured else None
+        return arrays_of(done, units, made.beta0, made.scale, method, made.exact, structure)
 
     def _incomplete(self, Y: np.ndarray, method: str, size: int, mesh: Any) -> Arrays:
         """Each response on the rows it has: a Gram a pattern, all patterns in one batch."""
-        plan, _, the_gram, _ = self.standard
+        plan, _, the_gram = self.standard
         absent = np.isnan(Y)
         _, which = np.unique(np.packbits(absent, axis=0), axis=1, return_inverse=True)
         which = which.reshape(-1)
@@ -346,7 +389,7 @@ class _Shared:
 
         single = None
         if source.column is not None:
-            single = _Single(self.design, self.kept, self.labels, source.column, labels, method, df)
+            single = _Single(self.model, self.kept, self.labels, source.column, labels, method, df)
         return BatchFit(
             formula=f"~ {self.model.formula.split('~', 1)[1].strip()}",
             method=method,
@@ -357,6 +400,8 @@ class _Shared:
             arrays=concatenate(parts),
             seconds=seconds,
             notes=tuple(notes),
+            residual=self.model.residual,
+            residual_names=tuple(self.model.phi_names),
             _single=single,
         )
 
@@ -365,7 +410,7 @@ class _Shared:
 class _Single:
     """The ordinary fit of one response on the rows that it has."""
 
-    design: Any
+    model: Model  # of the stand-in
     kept: np.ndarray
     labels: Any  # of the rows of the caller's table
     column: Callable[[int], np.ndarray]
@@ -374,20 +419,38 @@ class _Single:
     df: str
 
     def __call__(self, i: int) -> Fit:
-        y, name = self.column(i)[self.kept], str(self.names[i])
-        design = dataclasses.replace(self.design, y=y, response=name, rows=self.labels[self.kept])
+        y, name = self.column(i)[self.kept], self.names[i]
+        name = name if isinstance(name, str) else "y"  # a column of an array
+        whole = self.model.design
+        design = dataclasses.replace(whole, y=y, response=name, rows=self.labels[self.kept])
         here = ~np.isnan(y)
+        if not here.all() and self.model.is_structured:
+            raise DataError(
+                f"found {int(np.sum(~here))} missing values in response {name}; expected a "
+                "complete one for a batch with residual=. Fit it with lmmjax.Model."
+            )
         design = design if here.all() else _rows(design, here, drop_levels=True)
-        right = self.design.formula.split("~", 1)[1].strip()
-        return _model(f"{name} ~ {right}", design).fit(self.method, df=self.df)
+        right = whole.formula.split("~", 1)[1].strip()
+        model = _model(f"{name} ~ {right}", design, self.model.residual)
+        return model.fit(self.method, df=self.df)
 
 
-def _model(formula: str, design: Any) -> Model:
+def _model(formula: str, design: Any, residual: str | None = None) -> Model:
     """A model from a design that is there already."""
     model = Model.__new__(Model)
-    model.formula, model.residual, model.dtype = formula, None, "float64"
+    model.formula, model.residual, model.dtype = formula, residual, "float64"
     model.design = design
     return model
+
+
+def starts(layout: Layout, source: Any, made: Products) -> np.ndarray:
+    """(θ, φ) that each response begins with, (m, n_theta + n_phi)."""
+    theta = np.tile(start.identity(layout), (len(made.scale), 1))
+    phi = np.tile(source.structure.start(), (len(theta), 1))
+    if isinstance(source, Patterns):  # it looks at the residuals
+        for i in np.flatnonzero(np.isfinite(made.scale)):
+            phi[i] = source.with_response(jax.tree.map(lambda a: a[i], made.rhs)).start()  # noqa: B023
+    return np.concatenate([theta, phi], axis=1)
 
 
 def _frame(table: Table, nodes: list[Any]) -> Any:
@@ -411,7 +474,7 @@ def _columns(table: Table, names: list[str]) -> Any:
 
 
 def _rows(design: Any, here: np.ndarray, drop_levels: bool = False) -> Any:
-    """The design on some of its rows; levels stay unless they are to be dropped."""
+    """The design on some of its rows (a mask, or positions); levels stay unless dropped."""
     terms = []
     for t in design.terms:
         codes, levels = t.codes[here], t.levels
@@ -426,7 +489,7 @@ def _rows(design: Any, here: np.ndarray, drop_levels: bool = False) -> Any:
         offset=design.offset[here],
         weights=design.weights[here],
         rows=design.rows[here],
-        n_dropped=design.n_dropped + int(np.sum(~here)),
+        n_dropped=design.n_dropped + design.n - len(design.y[here]),
         terms=tuple(terms),
     )
 
@@ -454,6 +517,7 @@ def arrays_of(
     scale: np.ndarray,
     method: str,
     exact: np.ndarray,
+    structure: Structure | None = None,
 ) -> Arrays:
     """Estimates of items on one design in the units of the data.
 
@@ -466,9 +530,12 @@ def arrays_of(
     scale : (m,)
     exact : (m,) bool
         Items that X reproduces.
+    structure : Structure, optional
+        Of the residuals.
     """
     items = done.items
     m, A = len(scale), units.A
+    natural, sd = batch.reported(structure, items.theta)
     sigma = scale * np.sqrt(items.sigma2)
     covs = []
     for B, lam in zip(units.B, items.lams, strict=True):
@@ -487,9 +554,10 @@ def arrays_of(
         dvcov=dV * scale[:, None, None, None] ** 2,
         hessian=items.hessian,
         covs=tuple(covs),
-        sigma=sigma,
+        sigma=sigma * sd,
         loglik=-0.5 * (items.value + constant),
         n_evals=items.n_evals,
         status=status.astype(np.int8),
         retried=done.retried,
+        residual=natural,
     )

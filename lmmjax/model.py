@@ -112,7 +112,7 @@ class Model:
             formula,
             data,
             residual=spec,
-            weights=_known_variances(spec, weights),
+            weights=known_variances(spec, weights),
             offset=offset,
             contrasts=contrasts,
             missing=missing,
@@ -184,7 +184,7 @@ class Model:
         design, standard = build_streamed(
             formula,
             source,
-            weights=_known_variances(spec, weights),
+            weights=known_variances(spec, weights),
             offset=offset,
             contrasts=contrasts,
             missing=missing,
@@ -429,6 +429,7 @@ class Model:
         optimizer: Any = "newton",
         start: Any = None,
         information: str = "expected",
+        mesh: Any = None,
     ) -> Fit:
         """Estimate by restricted or plain maximum likelihood.
 
@@ -442,9 +443,12 @@ class Model:
             Trust-region Newton on exact derivatives by default; all minimise the same objective.
         start : array, shape (n_theta,), optional
             θ to start from, in the units of the data; no parameter may be 0.
-
         information : {"expected", "observed"}
             Which information matrix Kenward-Roger takes by default: as pbkrtest, or as SAS.
+        mesh : jax.sharding.Mesh, optional
+            Devices (of one or several hosts) to share the levels of the largest grouping factor
+            among: for one large fit. The same numbers as on one device; every process makes the
+            same call. Not with residual parameters.
 
         Returns
         -------
@@ -463,6 +467,7 @@ class Model:
             optimizer=optimizer,
             start=start,
             information=information,
+            mesh=mesh,
         )
 
     def sample(
@@ -576,7 +581,7 @@ class Model:
         return preformatted(repr(self))
 
 
-def _known_variances(spec: ResidualSpec | None, weights: Any) -> Any:
+def known_variances(spec: ResidualSpec | None, weights: Any) -> Any:
     """Weights of the model; ``varfixed(v)`` is weights 1/v, and both at once is an error."""
     known = None if spec is None else spec.weights()
     if known is None:

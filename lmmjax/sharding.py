@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmmjax import batch, estimate
 from lmmjax.batch import Items
+from lmmjax.errors import LmmError
 from lmmjax.gram import Gram, Layout, Rhs
-from lmmjax.model import Model, check_method
-from lmmjax.precision import in_float64
+from lmmjax.model import Model
 
 
 def _automatic(mesh: Mesh) -> Mesh:
@@ -67,8 +67,8 @@ def run_sharded(
     method: str,
     lanes: int,
     shared: bool,
-    gram: Gram,
-    rhs: Rhs,
+    gram: Any,
+    rhs: Any,
     theta0: Any,
 ) -> Items:
     """:func:`lmmjax.batch.program` with the items shared among the devices of ``mesh``.
@@ -119,25 +119,45 @@ def shard_levels(layout: Layout, gram: Gram, rhs: Rhs, mesh: Mesh) -> tuple[Layo
     return dataclasses.replace(layout, chain=chain), gram, rest._replace(border=first(rhs.border))
 
 
-@in_float64
-def optimise(model: Model, mesh: Mesh, method: str = "REML") -> tuple[Any, Any]:
+def solve(
+    model: Model, mesh: Mesh, method: str, theta0: Any, optimizer: Any = "newton"
+) -> np.ndarray:
     """Fit one large model with its groups shared among the devices of ``mesh``.
 
     Parameters
     ----------
     model : Model
+        Without residual parameters.
     mesh : jax.sharding.Mesh
     method : {"REML", "ML"}
+    theta0, optimizer
+        As for :func:`lmmjax.estimate.solve`.
 
     Returns
     -------
-    Optimum, Estimates
-        In standardised units, NumPy; ``model.fit`` on one device finds the same.
+    ndarray
+        For :class:`lmmjax.solution.Solution`, on every process; one device finds the same.
+
+    Raises
+    ------
+    LmmError
+        Residual parameters, or not a mesh.
     """
+    if not isinstance(mesh, Mesh):
+        raise LmmError(
+            f"mesh is a {type(mesh).__name__}; expected a jax.sharding.Mesh, such as "
+            "jax.make_mesh((jax.device_count(),), ('group',))."
+        )
+    if model.is_structured:
+        raise LmmError(
+            f"found mesh= with the residual structure {model.residual}; one fit is shared among "
+            "devices by its cross-products, which must not depend on residual parameters. Leave "
+            "mesh= out."
+        )
     plan, _, gram, rhs = batch.standard(model)
+    gram, rhs = model._cast((gram, rhs))
     layout, gram, rhs = shard_levels(plan.layout, gram, rhs, mesh)
-    theta0 = estimate.start(layout)
-    return _gather_replicated(estimate.optimise(layout, check_method(method), gram, rhs, theta0))
+    return _gather_replicated(estimate.solve(layout, method, gram, rhs, theta0, optimizer))
 
 
 def _gather_replicated(tree: Any) -> Any:

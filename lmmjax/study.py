@@ -81,7 +81,7 @@ class Scenario:
         """X, per term (z, codes, Cholesky factor of the covariance of b), β and σ."""
         from lmmjax.many import _Shared
 
-        design = _Shared.build(self.formula, self.data, None, None, None, "raise").design
+        design = _Shared.build(self.formula, self.data, None, None, None, None, "raise").design
         known = {"sigma", *design.x_names}
         terms = []
         for t in design.terms:
@@ -119,7 +119,7 @@ class Scenario:
         """Names of the fixed effects, which are 0 where the truth does not say otherwise."""
         from lmmjax.many import _Shared
 
-        built = _Shared.build(self.formula, self.data, None, None, None, "raise")
+        built = _Shared.build(self.formula, self.data, None, None, None, None, "raise")
         return set(built.design.x_names)
 
 

@@ -44,19 +44,20 @@ class Variables:
         return replace(
             self,
             rows=self.rows if mask is None else self.rows[mask],
-            y=_take(self.y, mask),
-            values={name: _take(value, mask) for name, value in self.values.items()},
+            y=take_rows(self.y, mask),
+            values={name: take_rows(value, mask) for name, value in self.values.items()},
             groups=tuple(group.take(mask) for group in self.groups),
-            offset=_take(self.offset, mask),
-            weights=_take(self.weights, mask),
+            offset=take_rows(self.offset, mask),
+            weights=take_rows(self.weights, mask),
             columns=self.columns if mask is None else {k: c[mask] for k, c in self.columns.items()},
             missing=missing,
-            residual={name: _take(value, mask) for name, value in self.residual.items()},
+            residual={name: take_rows(value, mask) for name, value in self.residual.items()},
             n_dropped=0 if mask is None else int(mask.size - mask.sum()),
         )
 
 
-def _take(value: Any, mask: np.ndarray | None) -> Any:
+def take_rows(value: Any, mask: np.ndarray | None) -> Any:
+    """Some rows of an evaluated variable (all if None); a factor drops unused levels."""
     if isinstance(value, Factor):
         return value.take(mask)
     if value is None or mask is None:

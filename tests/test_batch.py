@@ -221,6 +221,34 @@ def test_adjusted_p_values() -> None:
     np.testing.assert_allclose(adjusted(p, "bh")[:, 0], [0.04, 0.04, np.nan, 0.04, 0.5])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_bad_item_in_ten_thousand_changes_no_bit_of_another(
+    sleep: pd.DataFrame, value: float
+) -> None:
+    """A missing value leaves its item the other rows; an infinite one fails it."""
+    Y = responses(sleep, "Subject", 10_000)
+    clean = lmm.fit_many("~ Days + (Days | Subject)", sleep, Y)
+    Y[17, 5_003] = value
+    made = lmm.fit_many("~ Days + (Days | Subject)", sleep, Y)
+    others = np.delete(np.arange(10_000), 5_003)
+    for name in ("beta", "vcov", "sigma", "loglik", "hessian", "status", "n_evals"):
+        a, b = getattr(made.arrays, name), getattr(clean.arrays, name)
+        np.testing.assert_array_equal(a[others], b[others], err_msg=name)
+    np.testing.assert_array_equal(made.arrays.covs[0][others], clean.arrays.covs[0][others])
+    if np.isnan(value):
+        check_equal(made, [5_003])
+    else:
+        assert made.arrays.status[5_003] == batch.NOT_FINITE
+
+
+def test_prints_say_what_is_left_out(many: lmm.BatchFit, sleep: pd.DataFrame) -> None:
+    assert "... and 18 more rows" in repr(many)
+    few = lmm.fit_many("~ Days", sleep, responses(sleep, "Subject", 3))
+    assert "..." not in repr(few)
+    assert few[0].model.formula == "y ~ Days"
+
+
 # -- fit_groups -----------------------------------------------------------------------------------
 
 

@@ -76,7 +76,7 @@ def test_method_df_weights_and_offset(capsys, tmp_path):
     assert got["fixed"][0]["df"] is None  # infinite
 
 
-def test_known_variances(capsys, tmp_path):
+def testknown_variances(capsys, tmp_path):
     path = tmp_path / "s.csv"
     data = lmm.load_dataset("sleepstudy").assign(v=lambda d: 1.0 / (1 + d["Days"]))
     data.to_csv(path, index=False)

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import pytest
 
 import lmmjax as lmm
 
@@ -18,15 +20,15 @@ import json, sys
 import jax
 jax.distributed.initialize("localhost:" + sys.argv[2], 2, int(sys.argv[1]))
 import test_sharding
-from lmmjax import sharding
 mesh = jax.make_mesh((4,), ("item",))
 made, model = test_sharding.batch_and_model(mesh)
-best, est = sharding.optimise(model, mesh)
+fit = model.fit(mesh=mesh)
 print(json.dumps({
     "loglik": made.loglik.tolist(),
     "df": made.coef_table()["df"].tolist(),
-    "value": float(best.value),
-    "beta": est.beta.tolist(),
+    "deviance": fit.deviance,
+    "theta": fit.theta.tolist(),
+    "table": fit.coef_table().to_numpy().tolist(),
     "devices": jax.device_count(),
 }))
 """
@@ -75,5 +77,22 @@ def test_two_processes_find_the_numbers_of_one() -> None:
     np.testing.assert_allclose(found[0]["loglik"], made.loglik, atol=1e-10)
     np.testing.assert_allclose(found[0]["df"], made.coef_table()["df"], rtol=1e-8)
     fit = model.fit()
-    value = found[0]["value"] + model._units.constant("REML")
-    assert abs(value - fit.deviance) < 1e-10 * abs(fit.deviance)
+    assert abs(found[0]["deviance"] - fit.deviance) < 1e-10 * abs(fit.deviance)
+    np.testing.assert_allclose(found[0]["theta"], fit.theta, rtol=1e-8)
+    np.testing.assert_allclose(found[0]["table"], fit.coef_table(), rtol=1e-8)
+
+
+def test_one_fit_over_a_mesh_of_one_process() -> None:
+    """Slopes whose 18 subjects are padded to the devices there are; what a mesh does not do."""
+    data = lmm.load_dataset("sleepstudy")
+    mesh = jax.make_mesh((jax.device_count(),), ("group",))
+    model = lmm.Model("Reaction ~ Days + (Days | Subject)", data)
+    one, shared = model.fit(), model.fit(mesh=mesh)
+    assert abs(shared.deviance - one.deviance) < 1e-10 * one.deviance
+    np.testing.assert_allclose(shared.theta, one.theta, rtol=1e-7)
+    np.testing.assert_allclose(shared.coef_table(), one.coef_table(), rtol=1e-7)
+    with pytest.raises(lmm.LmmError, match="expected a jax"):
+        model.fit(mesh=4)
+    ar1 = lmm.Model("Reaction ~ Days", data, residual="ar1(Days | Subject)")
+    with pytest.raises(lmm.LmmError, match="found mesh= with the residual structure"):
+        ar1.fit(mesh=mesh)

@@ -167,3 +167,53 @@ def _back(chart: str, value: float, half: float, least: float) -> tuple[float, f
         return value - half, value + half
     z, h = np.arctanh(inside), half / (1 - inside**2)
     return float(np.tanh(z - h)), float(np.tanh(z + h))
+
+
+# -------------------------------------------------------------------------------------------------
+# Many values on unbounded scales
+# -------------------------------------------------------------------------------------------------
+
+
+def _charts(fit: Fit) -> tuple[list[str], float]:
+    """The chart of each residual parameter, and the least ρ of compound symmetry."""
+    residual = fit.model.design.residual
+    family = None if residual is None else residual.structure.family
+    charts = [_chart(name, fit) for name in fit.model.phi_names]
+    if isinstance(family, ARMA) and max(family.p, family.q) > 1:  # these may leave (-1, 1)
+        charts = ["identity" if c == "fisher" else c for c in charts]
+    return charts, _least(family)
+
+
+def unbounded(fit: Fit, values: np.ndarray, se: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values (m, r) of the reported parameters in their charts, and standard errors there."""
+    charts, least = _charts(fit)
+    out, out_se = np.array(values), np.array(se)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for i, chart in enumerate(charts):
+            v = values[:, i]
+            if chart == "log":
+                out[:, i], slope = np.log(v), 1 / v
+            elif chart in ("logit", "cs"):
+                low = least if chart == "cs" else 0.0
+                out[:, i], slope = np.log((v - low) / (1 - v)), 1 / (v - low) + 1 / (1 - v)
+            elif chart == "fisher":
+                out[:, i], slope = np.arctanh(v), 1 / (1 - v**2)
+            else:
+                continue
+            out_se[:, i] *= slope
+    return out, out_se
+
+
+def bounded(fit: Fit, values: np.ndarray) -> np.ndarray:
+    """The way back from :func:`unbounded`, (r,)."""
+    charts, least = _charts(fit)
+    out = np.array(values)
+    for i, (chart, v) in enumerate(zip(charts, values, strict=True)):
+        if chart == "log":
+            out[i] = np.exp(v)
+        elif chart in ("logit", "cs"):
+            low = least if chart == "cs" else 0.0
+            out[i] = low + (1 - low) / (1 + np.exp(-v))
+        elif chart == "fisher":
+            out[i] = np.tanh(v)
+    return out

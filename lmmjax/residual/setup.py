@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,20 +106,24 @@ def _slots(subject: np.ndarray, G: int, codes: np.ndarray, J: int) -> tuple[np.n
 
 
 def whitened_rows(design: Any, the_plan: Plan, standardised: Standardised) -> Rows:
-    """The source that serves every structure."""
+    """The source that serves every structure; O(n K) memory."""
     r: Residuals = design.residual
     weights = design.weights if design.has_weights else np.ones(design.n)
     G = int(r.subject.max()) + 1
     M, where = _local(design, the_plan, standardised, r.subject, G)
     M = M * np.sqrt(weights)[:, None]
-    order = np.lexsort((*r.pos.T[::-1], r.subject))
-    groups = groups_of_rows(r.subject, order)
+    groups = row_groups(r)
     blocks = [_block(r, M, rows, mask.astype(float)) for rows, mask in groups]
     by = np.concatenate([r.subject[rows[:, 0]] for rows, _ in groups])
     where = Where(tuple(x[by] for x in where.chain), where.core[by], where.parent)
     logdet = np.float64(-np.sum(np.log(weights)))
     layout, structure = the_plan.layout, r.structure
     return Rows(layout, structure, tuple(blocks), where, np.float64(design.n), logdet)
+
+
+def row_groups(r: Residuals) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows of each block by position."""
+    return groups_of_rows(r.subject, np.lexsort((*r.pos.T[::-1], r.subject)))
 
 
 def groups_of_rows(subject: np.ndarray, order: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -206,44 +211,65 @@ def _stacked(made: list[tuple[Gram, Rhs]]) -> tuple[Gram, Rhs]:
 
 def _basis(rows: Rows) -> Basis | None:
     """Fixed Grams of equally spaced AR(1) and of compound symmetry, where there are few."""
-    family, empty = rows.structure.family, np.zeros(0)
-    sizes = np.concatenate([b.mask.sum(axis=1) for b in rows.blocks]).astype(int)
-    M = np.concatenate([_padded(b.M, int(sizes.max())) for b in rows.blocks])
-    if isinstance(family, Autoregressive) and all(_unit_steps(b) for b in rows.blocks):
-        grams, rhs = _sums(rows, _chain_products(M, sizes))
+    found = operators(rows)
+    if found is None:
+        return None
+    kind, matrices, sizes = found
+    empty = np.zeros(0)
+    M = np.concatenate([padded(b.M, int(sizes.max())) for b in rows.blocks])
+    grams, rhs = _sums(rows, [np.einsum("gtk,gtl->gkl", M, Q(M)) for Q in matrices])
+    if kind == "chain":
         follow = np.float64(np.sum(sizes - 1))
-        return Basis("chain", rows.structure, grams, rhs, follow, empty, empty)
+        return Basis(kind, rows.structure, grams, rhs, follow, empty, empty)
+    lengths, counts = np.unique(sizes, return_counts=True)
+    return Basis(
+        kind, rows.structure, grams, rhs, lengths.astype(float), counts.astype(float), empty
+    )
+
+
+Operator = Callable[[np.ndarray], np.ndarray]
+
+
+def operators(rows: Rows) -> tuple[str, list[Operator], np.ndarray] | None:
+    """Fixed matrices Q_k of R⁻¹ = Σ c_k(φ) Q_k, each as a map of padded columns (G, T, K)."""
+    family = rows.structure.family
+    sizes = np.concatenate([b.mask.sum(axis=1) for b in rows.blocks]).astype(int)
+    if isinstance(family, Autoregressive) and all(_unit_steps(b) for b in rows.blocks):
+        return "chain", [lambda x: x, _signed(sizes), _neighbours], sizes
     lengths = np.unique(sizes)
     if isinstance(family, CompoundSymmetry) and len(lengths) < MOST_GRAMS:
-        total = M.sum(axis=1)
-        outer = total[:, :, None] * total[:, None]
-        of_length = [np.where((sizes == m)[:, None, None], outer, 0.0) for m in lengths]
-        grams, rhs = _sums(rows, [np.einsum("gtk,gtl->gkl", M, M), *of_length])
-        counts = np.array([np.sum(sizes == m) for m in lengths], float)
-        return Basis("mean", rows.structure, grams, rhs, lengths.astype(float), counts, empty)
+        return "mean", [lambda x: x, *(_totals(sizes == m) for m in lengths)], sizes
     return None
 
 
-def _padded(x: np.ndarray, T: int) -> np.ndarray:
+def _signed(sizes: np.ndarray) -> Operator:
+    """1 on inner rows, -1 on the row of a subject that has one alone, 0 at the ends."""
+    places = np.arange(int(sizes.max()))
+    last, first = places == (sizes - 1)[:, None], places == 0
+    sign = (~last & ~first).astype(float) - (last & first)
+    return lambda x: sign[..., None] * x
+
+
+def _neighbours(x: np.ndarray) -> np.ndarray:
+    """The row before plus the row after."""
+    out = np.zeros_like(x)
+    out[:, 1:] += x[:, :-1]
+    out[:, :-1] += x[:, 1:]
+    return out
+
+
+def _totals(mine: np.ndarray) -> Operator:
+    """11' for some subjects, 0 for the others."""
+    return lambda x: np.where(mine[:, None, None], x.sum(axis=1, keepdims=True), 0.0)
+
+
+def padded(x: np.ndarray, T: int) -> np.ndarray:
     return np.pad(x, ((0, 0), (0, T - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
 
 
 def _unit_steps(b: Block) -> bool:
     follows = b.mask[:, 1:] > 0
     return bool(np.all(np.diff(b.pos[..., 0], axis=1)[follows] == 1))
-
-
-def _chain_products(M: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    T = M.shape[1]
-    last = np.arange(T) == (sizes - 1)[:, None]
-    inner = ~last & (np.arange(T) > 0)
-    sign = inner.astype(float) - (last & (np.arange(T) == 0))
-    across = np.einsum("gtk,gtl->gkl", M[:, 1:], M[:, :-1])
-    return [
-        np.einsum("gtk,gtl->gkl", M, M),
-        np.einsum("gt,gtk,gtl->gkl", sign, M, M),
-        across + np.swapaxes(across, 1, 2),
-    ]
 
 
 def _sums(rows: Rows, products: list[np.ndarray]) -> tuple[Gram, Rhs]:
@@ -256,13 +282,19 @@ def _sums(rows: Rows, products: list[np.ndarray]) -> tuple[Gram, Rhs]:
     return gram._replace(n=rows.n, logdet_R=rows.logdet_W, parent=rows.where.parent), rhs
 
 
-def _patterns(rows: Rows) -> Patterns | None:
-    """Sums of outer products per set of positions and variances, where they are few enough."""
-    if rows.structure.family is None:
-        return None
-    T, K = max(b.M.shape[1] for b in rows.blocks), rows.layout.p + 1
+class Coded(NamedTuple):
+    """Subjects by pattern: padded columns and which places of the grid each pattern has."""
+
+    M: np.ndarray  # (G, T, K)
+    grid: np.ndarray  # positions and variances of the U places
+    patterns: np.ndarray  # (P, T) places, -1 where padded
+    code: np.ndarray  # (G,)
+
+
+def coded(rows: Rows) -> Coded:
+    T = max(b.M.shape[1] for b in rows.blocks)
     M, mask, H, pos = (
-        np.concatenate([_padded(getattr(b, name), T) for b in rows.blocks])
+        np.concatenate([padded(getattr(b, name), T) for b in rows.blocks])
         for name in ("M", "mask", "H", "pos")
     )
     real = mask > 0
@@ -270,11 +302,19 @@ def _patterns(rows: Rows) -> Patterns | None:
     place = np.full(mask.shape, -1)
     place[real] = at.ravel()
     patterns, code = np.unique(place, axis=0, return_inverse=True)
-    P, code = len(patterns), code.ravel()
+    return Coded(M, grid, patterns, code.ravel())
+
+
+def _patterns(rows: Rows) -> Patterns | None:
+    """Sums of outer products per set of positions and variances, where they are few enough."""
+    if rows.structure.family is None:
+        return None
+    M, grid, patterns, code = coded(rows)
+    (P, T), K = patterns.shape, rows.layout.p + 1
     size = P * T * (T + 1) * K * (K + 1) // 4
     if len(grid) > MOST_PLACES or size > MOST_SUMS or 2 * P > len(M):
         return None
-    dim = pos.shape[2]
+    dim = rows.blocks[0].pos.shape[2]
     return Patterns(
         rows.layout,
         rows.structure,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -43,16 +43,13 @@ def assemble(layout: Layout, where: Where, C: Array, n: Array, logdet: Array) ->
 
     Local columns are ordered: chain factors (S each), core factors (slots by S each), X, y.
     """
-    at = np.cumsum([0, *(S for _, S, _ in layout.chain)])
-    parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(at)]
-    rest = slice(int(at[-1]), C.shape[1] - 1)
+    parts, rest = _cut(layout, C.shape[1] - 1)
     D = layout.d + layout.p
-    own, up, border, rhs = [], [], [], []
+    own, up, border = [], [], []
     for i, (mine, (_, S, J)) in enumerate(zip(parts, layout.chain, strict=True)):
         by_level = functools.partial(_by_level, codes=where.chain[i], J=J)
         own.append(by_level(C[:, mine, mine]))
         up.append(tuple(by_level(C[:, mine, other]) for other in parts[i + 1 :]))
-        rhs.append(by_level(C[:, mine, -1]))
         to_core = jnp.moveaxis(C[:, mine, rest], 1, 0)
         if layout.core:
             out = jnp.zeros((S, D, J), C.dtype)
@@ -62,11 +59,29 @@ def assemble(layout: Layout, where: Where, C: Array, n: Array, logdet: Array) ->
     if layout.core:
         core = jnp.zeros((D, D), C.dtype)
         core = core.at[where.core[:, :, None], where.core[:, None, :]].add(C[:, rest, rest])
-        core_y = jnp.zeros(D, C.dtype).at[where.core].add(C[:, rest, -1])
     else:
-        core, core_y = jnp.sum(C[:, rest, rest], axis=0), jnp.sum(C[:, rest, -1], axis=0)
+        core = jnp.sum(C[:, rest, rest], axis=0)
     gram = Gram(tuple(own), tuple(up), where.parent, tuple(border), core, n, logdet)
-    return gram, Rhs(tuple(rhs), core_y, jnp.sum(C[:, -1, -1]))
+    return gram, assemble_rhs(layout, where, C[:, :, -1])
+
+
+def assemble_rhs(layout: Layout, where: Where, c: Array) -> Rhs:
+    """The part of :func:`assemble` that involves y, from the last columns of C_i, (G, K)."""
+    parts, rest = _cut(layout, c.shape[1] - 1)
+    levels = zip(parts, where.chain, layout.chain, strict=True)
+    border = tuple(_by_level(c[:, mine], codes, J) for mine, codes, (_, _, J) in levels)
+    if layout.core:
+        core = jnp.zeros(layout.d + layout.p, c.dtype).at[where.core].add(c[:, rest])
+    else:
+        core = jnp.sum(c[:, rest], axis=0)
+    return Rhs(border, core, jnp.sum(c[:, -1]))
+
+
+def _cut(layout: Layout, end: int) -> tuple[list[slice], slice]:
+    """Local columns of each chain factor, and those of the core and X up to ``end``."""
+    at = np.cumsum([0, *(S for _, S, _ in layout.chain)])
+    parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(at)]
+    return parts, slice(int(at[-1]), end)
 
 
 def _by_level(x: Array, codes: Array, J: int) -> Array:
@@ -139,7 +154,7 @@ def _mean(structure: Structure, phi: Array, b: Block, A: Array) -> tuple[Array, 
     rho = family.natural(phi[: structure.n_corr])[0]
     m = jnp.sum(b.mask, axis=1)
     along = 1 + (m - 1) * rho
-    share = (1 - jnp.sqrt((1 - rho) / along)) / m
+    share = (1 - jnp.sqrt((1 - rho) / along)) / jnp.maximum(m, 1)  # m = 0: a subject of padding
     total = jnp.sum(A, axis=1, keepdims=True)
     white = (A - (share[:, None] * b.mask)[..., None] * total) / jnp.sqrt(1 - rho)
     return white, jnp.sum((m - 1) * jnp.log1p(-rho) + jnp.log(along))
@@ -204,6 +219,17 @@ class Rows:
         """φ to begin with, (n_phi,)."""
         return self.structure.start()
 
+    @property
+    def response(self) -> tuple[Array, ...]:
+        """What involves y: its padded rows (G, T) by block."""
+        return tuple(b.M[..., -1] for b in self.blocks)
+
+    def with_response(self, response: tuple[Array, ...]) -> Rows:
+        """The source of another response on the same design."""
+        pairs = zip(self.blocks, response, strict=True)
+        joined = [(b, jnp.concatenate([b.M[..., :-1], y[..., None]], axis=-1)) for b, y in pairs]
+        return replace(self, blocks=tuple(replace(b, M=M) for b, M in joined))
+
     def gram(self, phi: Array) -> tuple[Gram, Rhs]:
         """Cross-products at φ; differentiable."""
         parts = [whiten(self.structure, phi, b) for b in self.blocks]
@@ -242,6 +268,15 @@ class Basis:
     def start(self) -> np.ndarray:
         """φ to begin with, (n_phi,)."""
         return self.structure.start()
+
+    @property
+    def response(self) -> Rhs:
+        """What involves y: the right-hand sides that go with the fixed Grams."""
+        return self.rhs
+
+    def with_response(self, response: Rhs) -> Basis:
+        """The source of another response on the same design."""
+        return replace(self, rhs=response)
 
     def gram(self, phi: Array) -> tuple[Gram, Rhs]:
         """Cross-products at φ; differentiable."""
@@ -323,6 +358,17 @@ class Patterns:
         family = self.structure.family
         assert family is not None
         return np.concatenate([family.start_near(corr), ratios])
+
+    @property
+    def response(self) -> Array:
+        """What involves y: the last row of the packed triangles, (P T(T+1)/2, K)."""
+        return self.sums[:, -(self.layout.p + 1) :]
+
+    def with_response(self, response: Array) -> Patterns:
+        """The source of another response on the same design."""
+        kept = self.sums[:, : -(self.layout.p + 1)]
+        join = np.concatenate if isinstance(response, np.ndarray) else jnp.concatenate
+        return replace(self, sums=join([kept, response], axis=1))
 
     def grid(self, phi: Array) -> Array:
         """R between any two places of the grid, (U, U)."""
