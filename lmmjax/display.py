@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.fit import Fit
+    from lmmjax.inference.influence import Influence
     from lmmjax.model import Model
 
 #: how the prints name a method of degrees of freedom
@@ -358,6 +359,23 @@ def boundary(fit: Fit) -> str:
     from lmmjax.fitting import boundary as phrases
 
     return "; ".join(phrases(fit.model, fit._theta_s))
+
+
+def influence_page(influence: Influence, shown: int = 5) -> Page:
+    """The rows and groups with the largest Cook's distances."""
+    fit = influence.fit
+    how = "by refits" if influence.refit else "at the θ of the fit"
+    lines = [f"Formula: {fit.model.formula}", f"Groups are left out {how}, rows at its θ."]
+    blocks: list[str | TextTable] = ["\n".join(lines)]
+    frames = {f"{g}, by Cook's distance": influence.groups(g) for g in fit.model.groups}
+    rows = influence.rows()[["residual", "std_residual", "leverage", "leverage_fixed", "cooks_d"]]
+    for caption, frame in {**frames, "Rows, by Cook's distance": rows}.items():
+        top = frame.sort_values("cooks_d", ascending=False, kind="stable").head(shown)
+        numeric = {c: numbers for c in top if top[c].dtype.kind == "f"}
+        words = f"{caption} ({len(top)} of {len(frame)})"
+        blocks.append(as_table(top, numeric, words))
+    blocks.append("More: .rows(), .groups(group), .dfbetas(group), .plot(group)")
+    return Page("Influence", blocks)
 
 
 def model_text(model: Model) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.inference.containment import Containment
+    from lmmjax.inference.influence import Influence
     from lmmjax.inference.robust import Sandwich
 
 
@@ -418,6 +419,39 @@ class InferenceMethods(LikelihoodMethods):
         between = sum(random.values())
         both = (between / (between + residual), between / (fixed + between + residual))
         return pd.Series(both, index=["adjusted", "unadjusted"], name="icc")
+
+    # -- diagnostics ------------------------------------------------------------------------------
+
+    def influence(self, refit: bool = False) -> Influence:
+        """Leverage, Cook's distances, and the estimates without each row or group.
+
+        Parameters
+        ----------
+        refit : bool
+            Groups are left out by refits of all parameters in one batch (independent residuals);
+            by default θ is kept, and the results are those of a refit of β and σ at that θ.
+
+        Returns
+        -------
+        lmmjax.inference.influence.Influence
+            ``.rows()``, ``.groups(group)``, ``.beta(group)``, ``.dfbeta(group)``,
+            ``.dfbetas(group)``, ``.plot(group)``.
+
+        Notes
+        -----
+        One pass over the rows; nothing of size n x n or q x q for nested factors. For linear models
+        these are R's ``hatvalues``, ``cooks.distance``, ``dfbetas``, ``rstudent``.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> fit = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff")).fit()
+        >>> fit.influence().groups("Batch")["cooks_d"].round(3).tolist()
+        [0.054, 0.0, 0.142, 0.093, 0.56, 0.352]
+        """
+        from lmmjax.inference.influence import Influence
+
+        return Influence(self._fit, bool(refit))
 
     # -- what the methods share -------------------------------------------------------------------
 
