@@ -14,6 +14,7 @@ import numpy as np
 
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.inference.linear import tangent
+from lmmjax.tables import missing_as_nan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +51,9 @@ def wald(fit: Fit) -> pd.DataFrame:
     z = np.where(void, np.nan, estimate / np.where(se > 0, se, 1.0))
     two_sided = np.array([c.term2 is not None for c in parts])
     p = np.where(two_sided, 2 * stats.norm.sf(np.abs(z)), stats.norm.sf(z))
-    frame = pd.DataFrame([c[:3] for c in parts], columns=["group", "term1", "term2"])
+    frame = missing_as_nan(
+        pd.DataFrame([c[:3] for c in parts], columns=["group", "term1", "term2"])
+    )
     caveat = [c.caveat for c in parts]
     return frame.assign(estimate=estimate, std_error=se, statistic=z, p_value=p, caveat=caveat)
 

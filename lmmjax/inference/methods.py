@@ -278,7 +278,7 @@ class InferenceMethods(LikelihoodMethods):
         -------
         DataFrame
             A column per factor, then ``emmean std_error df ci_low ci_high``; a mean offset of the
-            model is included.
+            model is included. ``attrs["note"]`` names what is averaged over though it interacts.
 
         Warns
         -----
@@ -291,7 +291,8 @@ class InferenceMethods(LikelihoodMethods):
         design = self._fit.model.design
         names = (*means.names_of(specs), *means.names_of(by))
         c = means.averages(design, names, weights, at)
-        return means.frame(m, c, "emmean", float(np.mean(design.offset)), level)
+        out = means.frame(m, c, "emmean", float(np.mean(design.offset)), level)
+        return means.noted(out, design, names)
 
     def emtrends(
         self,
@@ -332,6 +333,7 @@ class InferenceMethods(LikelihoodMethods):
         at: Mapping[str, Any] | None = None,
         information: str | None = None,
         second_order: bool = True,
+        seed: int = 0,
     ) -> pd.DataFrame:
         """Contrasts of marginal means, or of trends.
 
@@ -339,11 +341,16 @@ class InferenceMethods(LikelihoodMethods):
         ----------
         specs, by : str or list of str
             Factors whose means are compared; separately for each combination of ``by``.
-        method : {"pairwise", "trt.vs.ctrl", "poly"} or dict
-            All pairs; each level against the first; orthogonal polynomials with whole coefficients;
-            or ``{"label": weights}``.
-        adjust : {"tukey", "holm", "bonferroni", "bh", "none"}, optional
-            Within each family. Default: Tukey for pairs, Holm against a control, else none.
+        method : {"pairwise", "trt.vs.ctrl", "control", "poly"} or dict
+            All pairs; each level against the first (two names); orthogonal polynomials with whole
+            coefficients; or ``{"label": weights}``.
+        adjust : {"tukey", "dunnett", "mvt", "holm", "bonferroni", "bh", "none"}, optional
+            Within each family. Default: Tukey for pairs, Holm against a control, else none. "mvt"
+            is the single-step adjustment of any family by its multivariate t distribution (exact
+            but for integration: its error is in ``attrs["mc_se"]``); "dunnett" the same for
+            comparisons with a control (emmeans calls ``dunnettx`` an approximation of it).
+        seed : int
+            Of that integration.
         trend : str, optional
             Compare slopes in this covariate instead of means.
         df, information, second_order, weights, at
@@ -353,6 +360,7 @@ class InferenceMethods(LikelihoodMethods):
         -------
         DataFrame
             ``contrast``, the columns of ``by``, ``estimate std_error df statistic p_value``.
+            ``attrs["note"]`` names what is averaged over though it interacts.
         """
         from lmmjax.inference import means
 
@@ -363,7 +371,8 @@ class InferenceMethods(LikelihoodMethods):
             c = means.averages(design, names, weights, at)
         else:
             c = means.trends(design, trend, names, weights, at)
-        return means.compare(m, c, len(conditions), method, adjust)
+        out = means.compare(m, c, len(conditions), method, adjust, seed)
+        return means.noted(out, design, names)
 
     # -- variances --------------------------------------------------------------------------------
 
