@@ -18,7 +18,7 @@ import numpy as np
 from lmmjax import batch, components
 from lmmjax.errors import DataError, LmmError
 from lmmjax.satterthwaite import degrees
-from lmmjax.tables import check_level
+from lmmjax.tables import check_level, missing_as_nan
 
 if TYPE_CHECKING:
     import os
@@ -384,7 +384,7 @@ class BatchFit:
         vcov.append(sigma**2)
         sdcor.append(sigma)
         m, k = len(self), len(rows)
-        frame = pd.DataFrame(rows * m, columns=["group", "term1", "term2"])
+        frame = missing_as_nan(pd.DataFrame(rows * m, columns=["group", "term1", "term2"]))
         frame.insert(0, "item", self.items.repeat(k))
         frame["vcov"], frame["sdcor"] = np.stack(vcov, 1).ravel(), np.stack(sdcor, 1).ravel()
         return frame

@@ -170,7 +170,9 @@ class DesignSpec:
         ev = Evaluator(columns, len(table), self.states, learn=False, safe=self.safe)
         return _new_matrix(self.parsed.terms, self.codings, ev)
 
-    def new(self, newdata: Any, *, random: bool = True, offset: Any = None) -> NewDesign:
+    def new(
+        self, newdata: Any, *, random: bool = True, groups: bool = True, offset: Any = None
+    ) -> NewDesign:
         """Code new data with the levels, centres and polynomials of training.
 
         Parameters
@@ -179,6 +181,8 @@ class DesignSpec:
             As for `build_design`; the response is not needed.
         random : bool
             Whether to code the random-effects terms (their columns are needed then).
+        groups : bool
+            Whether their grouping factors are asked for; without, all levels count as new.
         offset : (m,) array, optional
             Needed if the model was fitted with an array as offset; stands in for the offset
             column otherwise.
@@ -202,7 +206,9 @@ class DesignSpec:
         source = self._offset_source(offset, table.names)
         nodes = [*self.parsed.terms.nodes, *self.parsed.offset_nodes]
         nodes += [source] if isinstance(source, Name | Call) else []
-        nodes += [node for r in terms for node in (*r.terms.nodes, *r.bar.factors)]
+        nodes += [node for r in terms for node in r.terms.nodes]
+        if groups:
+            nodes += self._grouping_columns(terms, table.names)
         columns = table.read(nodes)
         evaluator = Evaluator(columns, len(table), self.states, learn=False, safe=self.safe)
         X = _new_matrix(self.parsed.terms, self.codings, evaluator)
@@ -214,9 +220,22 @@ class DesignSpec:
         return NewDesign(
             X=X if self.keep.all() else X[:, self.keep],
             offset=total,
-            terms=tuple(_new_term(r, evaluator) for r in terms),
+            terms=tuple(_new_term(r, evaluator, groups) for r in terms),
             rows=table.rows,
         )
+
+    @staticmethod
+    def _grouping_columns(terms: tuple[RandomSpec, ...], names: list[str]) -> list[Node]:
+        """Expressions of the grouping factors; says what to do where their columns lack."""
+        nodes = [node for r in terms for node in r.bar.factors]
+        lacking = {x.id for node in nodes for x in names_in(node)} - set(names)
+        if lacking:
+            raise DataError(
+                f"found no column {', '.join(sorted(lacking))} in newdata, which has the groups of "
+                "the random effects; expected it for predictions with random effects. Use "
+                "kind='population', or give new labels with new_levels='population'."
+            )
+        return nodes
 
     def _offset_source(self, given: Any, names: list[str]) -> Any:
         if given is not None:
@@ -605,7 +624,10 @@ def _match(factor: Factor, levels: np.ndarray, name: str) -> np.ndarray:
     return np.append(place, np.int32(-1))[used.codes]
 
 
-def _new_term(spec: RandomSpec, ev: Evaluator) -> NewTerm:
+def _new_term(spec: RandomSpec, ev: Evaluator, groups: bool = True) -> NewTerm:
+    if not groups:
+        z = _new_matrix(spec.terms, spec.codings, ev)
+        return NewTerm(z, np.full(len(z), -1, np.int32), np.full(len(z), "", object))
     factor = group_factor(spec.bar, ev)
     place = pd.Index(spec.levels).get_indexer(pd.Index(factor.levels)).astype(np.int32)
     codes = np.append(place, np.int32(-1))[factor.codes]

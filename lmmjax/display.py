@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.fit import Fit
+    from lmmjax.inference.influence import Influence
     from lmmjax.model import Model
 
 #: how the prints name a method of degrees of freedom
@@ -29,6 +31,10 @@ DF_WORDS = {
     "containment": "containment degrees of freedom",
     "wald": "normal approximation",
 }
+
+
+#: columns of a page where there is no terminal
+WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,37 @@ class TextTable:
     n_labels: int = 1
     caption: str = ""
 
-    def text(self) -> str:
-        """Lay out in columns for a fixed-width font."""
+    def text(self, width: int | None = None) -> str:
+        """Lay out in columns for a fixed-width font.
+
+        Columns that do not fit into ``width`` characters (by default those of the terminal, 120
+        where there is none) continue below, the labels repeated: none is hidden.
+        """
+        width = shutil.get_terminal_size((WIDTH, 24)).columns if width is None else width
         lines = [self.header, *self.rows]
         widths = [max(len(line[j]) for line in lines) for j in range(len(self.header))]
-        body = ["  ".join(self._cells(line, widths)).rstrip() for line in lines]
-        return "\n".join([self.caption, *body] if self.caption else body)
+        blocks = ["\n".join(self._lines(columns, widths)) for columns in self._split(widths, width)]
+        return "\n".join([self.caption, *blocks] if self.caption else blocks)
+
+    def _split(self, widths: Sequence[int], width: int) -> list[list[int]]:
+        """Columns of each block: the labels, then as many as fit, one at least."""
+        k = min(self.n_labels, len(widths))
+        blocks, room = [list(range(k))], width - sum(w + 2 for w in widths[:k]) + 2
+        left = room
+        for j in range(k, len(widths)):
+            left -= widths[j] + 2
+            if left < 0 and len(blocks[-1]) > k:
+                blocks.append(list(range(k)))
+                left = room - widths[j] - 2
+            blocks[-1].append(j)
+        return blocks
+
+    def _lines(self, columns: list[int], widths: Sequence[int]) -> list[str]:
+        some = [widths[j] for j in columns]
+        return [
+            "  ".join(self._cells([line[j] for j in columns], some)).rstrip()
+            for line in (self.header, *self.rows)
+        ]
 
     def _cells(self, line: Sequence[str], widths: Sequence[int]) -> list[str]:
         return [
@@ -322,7 +353,7 @@ def fit_page(fit: Fit, level: float = 0.95) -> Page:
     if len(fit.model.design.x_names):
         caption = f"Fixed effects ({DF_WORDS.get(fit.df, fit.df)})"
         blocks.append(coef_table_text(fit.coef_table(level=level), level, caption))
-    if fit.converged and len(fit.theta):
+    if fit.converged and len(fit.theta) + len(fit.phi):
         blocks.append(f"Optimiser: {fit.optimizer}, {fit.message.split(';')[0]}")
     return Page(f"{kind} fit by {words}", blocks)
 
@@ -358,6 +389,23 @@ def boundary(fit: Fit) -> str:
     from lmmjax.fitting import boundary as phrases
 
     return "; ".join(phrases(fit.model, fit._theta_s))
+
+
+def influence_page(influence: Influence, shown: int = 5) -> Page:
+    """The rows and groups with the largest Cook's distances."""
+    fit = influence.fit
+    how = "by refits" if influence.refit else "at the θ of the fit"
+    lines = [f"Formula: {fit.model.formula}", f"Groups are left out {how}, rows at its θ."]
+    blocks: list[str | TextTable] = ["\n".join(lines)]
+    frames = {f"{g}, by Cook's distance": influence.groups(g) for g in fit.model.groups}
+    rows = influence.rows()[["residual", "std_residual", "leverage", "leverage_fixed", "cooks_d"]]
+    for caption, frame in {**frames, "Rows, by Cook's distance": rows}.items():
+        top = frame.sort_values("cooks_d", ascending=False, kind="stable").head(shown)
+        numeric = {c: numbers for c in top if top[c].dtype.kind == "f"}
+        words = f"{caption} ({len(top)} of {len(frame)})"
+        blocks.append(as_table(top, numeric, words))
+    blocks.append("More: .rows(), .groups(group), .dfbetas(group), .plot(group)")
+    return Page("Influence", blocks)
 
 
 def model_text(model: Model) -> str:

@@ -312,6 +312,36 @@ def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
     return Row(tuple(rows), core, l_y, r2 - l_y @ l_y)
 
 
+class Rows(NamedTuple):
+    """Rows of data [Z X], each by its level of every chain factor; the core dense."""
+
+    z: tuple[jax.Array, ...]  # chain i: (m, S_i)
+    codes: tuple[jax.Array, ...]  # chain i: (m,)
+    core: jax.Array  # [Z_core X], (m, d + p)
+
+
+def forward_rows(
+    layout: Layout, f: Factorised, gram: Gram, rows: Rows
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """L⁻¹ of rows of [Z X]: chain i (S_i, m), core (m, d + p); dense layouts only.
+
+    :func:`forward` for right-hand sides that touch one level of each chain factor: O(S² + S m + m²)
+    a row, m = d + p, whatever the number of levels. The squared length of such a row is t'C⁻¹t, C
+    Henderson's coefficient matrix.
+    """
+    c = len(layout.chain)
+    z = [lam.T @ a.T for lam, a in zip(f.lams[:c], rows.z, strict=True)]
+    core, out = rows.core, []
+    for i, code in enumerate(rows.codes):
+        row = forward_substitute(f.U[i][..., code], z[i])
+        core = core - per_level(f.border[i][..., code], row[:, None])[:, 0].T
+        for a, W in enumerate(f.up[i]):
+            z[i + 1 + a] = z[i + 1 + a] - per_level(W[..., code], row[:, None])[:, 0]
+        out.append(row)
+    scaled = scale_core(layout, f.lams[c:], core)
+    return tuple(out), jax.scipy.linalg.solve_triangular(f.core, scaled.T, lower=True).T
+
+
 def _border_products(
     layout: Layout, f: Factorised, gram: Gram, i: int, rows: jax.Array
 ) -> jax.Array:

@@ -33,7 +33,10 @@ def predict(
     import pandas as pd
 
     _check(kind, interval, new_levels)
-    new = _new_design(fit, newdata, kind != "population" or interval == "prediction", offset)
+    population = kind == "population"
+    new = _new_design(
+        fit, newdata, not population or interval == "prediction", offset, not population
+    )
     if kind != "population" and new_levels == "raise":
         _refuse_new_levels(fit, new)
     mean = new.X @ fit._beta + new.offset
@@ -64,10 +67,13 @@ def _check(kind: str, interval: str | None, new_levels: str) -> None:
             raise DataError(f"{name}={value!r} is unknown; expected one of {allowed}.")
 
 
-def _new_design(fit: Fit, newdata: Any, random: bool, offset: Any) -> NewDesign:
+def _new_design(
+    fit: Fit, newdata: Any, random: bool, offset: Any, groups: bool = True
+) -> NewDesign:
     design = fit.model.design
     if newdata is not None:
-        return design.spec.new(newdata, random=random and bool(design.terms), offset=offset)
+        random = random and bool(design.terms)
+        return design.spec.new(newdata, random=random, groups=groups, offset=offset)
     terms = tuple(NewTerm(t.z, t.codes, t.levels[t.codes]) for t in design.terms)
     return NewDesign(X=design.X, offset=design.offset, terms=terms, rows=design.rows)
 

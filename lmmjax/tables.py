@@ -70,4 +70,12 @@ def varcorr_frame(
             for j in range(i + 1, len(names)):
                 rows.append((group, names[i], names[j], cov[i, j], corr[i, j]))
     rows.append(("Residual", None, None, sigma**2, sigma))
-    return pd.DataFrame(rows, columns=["group", "term1", "term2", "vcov", "sdcor"])
+    frame = pd.DataFrame(rows, columns=["group", "term1", "term2", "vcov", "sdcor"])
+    return missing_as_nan(frame)
+
+
+def missing_as_nan(frame: pd.DataFrame) -> pd.DataFrame:
+    """``term1`` and ``term2`` with NaN where there is none, also in columns without any text."""
+    for name in ("term1", "term2"):
+        frame[name] = frame[name].astype(object).where(frame[name].notna(), np.nan)
+    return frame

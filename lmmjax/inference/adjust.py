@@ -8,7 +8,10 @@ import numpy as np
 
 from lmmjax.errors import LmmError
 
-METHODS = ("tukey", "holm", "bonferroni", "bh", "none")
+METHODS = ("tukey", "dunnett", "mvt", "holm", "bonferroni", "bh", "none")
+
+#: adjustments by the joint distribution of the family (simultaneous.py)
+JOINT = ("dunnett", "mvt")
 
 
 def check(adjust: str) -> str:

@@ -17,6 +17,7 @@ from lmmjax.inference import kenward_roger as kr
 from lmmjax.inference.linear import tangent
 from lmmjax.inference.variances import observed_information
 from lmmjax.residual.intervals import tests
+from lmmjax.tables import missing_as_nan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,11 +58,11 @@ def wald(fit: Fit) -> pd.DataFrame:
     caveat = [c.caveat for c in parts]
     frame = frame.assign(estimate=estimate, std_error=se, statistic=z, p_value=p, caveat=caveat)
     if not fit.model.is_structured:
-        return frame
+        return missing_as_nan(frame)
     more = tests(fit).rename_axis("term1").reset_index()
     more.insert(0, "group", "Residual")
     more.insert(2, "term2", None)
-    return pd.concat([frame, more], ignore_index=True)
+    return missing_as_nan(pd.concat([frame, more], ignore_index=True))
 
 
 def parameter_covariance(fit: Fit) -> np.ndarray:

@@ -15,8 +15,10 @@ import numpy as np
 
 from lmmjax import tables
 from lmmjax.errors import DataError, EstimabilityWarning, LmmError
+from lmmjax.expr import names_in
 from lmmjax.inference import adjust as adjustment
 from lmmjax.inference import grid as grids
+from lmmjax.inference import simultaneous
 from lmmjax.inference.hypothesis import Method
 from lmmjax.terms import CONTRASTS
 
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
     from lmmjax.design import Design
 
 WEIGHTS = ("equal", "proportional")
+
+#: each level against the first
+CONTROL = ("trt.vs.ctrl", "control")
+
+NOTE = "averaged over {}, which interacts with {}: the averages may mislead"
 
 #: step of a numerical trend, relative to the range of the covariate
 STEP = 1e-3
@@ -102,6 +109,31 @@ def trends(
     return up._replace(L=(up.L - down.L) / (2 * step))
 
 
+def interaction_note(design: Design, names: Sequence[str]) -> str | None:
+    """What is averaged over though it interacts with what is asked for, in words.
+
+    As emmeans' note on involvement in interactions.
+    """
+    terms = design.spec.parsed.terms
+    known = zip(terms.variables, terms.nodes, strict=True)
+    nodes = {text: {x.id for x in names_in(node)} for text, node in known}
+    raw = set(design.spec.levels)
+    others: dict[str, None] = {}
+    for variables in design.spec.term_variables.values():
+        used = {c for v in variables for c in nodes[v] & raw}
+        if len(used) > 1 and used & set(names):
+            others |= dict.fromkeys(sorted(used - set(names)))
+    return NOTE.format(", ".join(others), ", ".join(names)) if others else None
+
+
+def noted(frame: pd.DataFrame, design: Design, names: Sequence[str]) -> pd.DataFrame:
+    """The frame with :func:`interaction_note` in its ``attrs``, if there is one."""
+    note = interaction_note(design, names)
+    if note is not None:
+        frame.attrs["note"] = note
+    return frame
+
+
 # -- tables -----------------------------------------------------------------------------------
 
 
@@ -139,18 +171,16 @@ def frame(m: Method, c: Combinations, what: str, shift: float, level: float) -> 
 # -- contrasts --------------------------------------------------------------------------------
 
 
-def compare(m: Method, c: Combinations, n_by: int, method: Any, adjust: str | None) -> pd.DataFrame:
+def compare(
+    m: Method, c: Combinations, n_by: int, method: Any, adjust: str | None, seed: int = 0
+) -> pd.DataFrame:
     """Contrasts of the means of each combination of the last ``n_by`` factors, family by family."""
     import pandas as pd
 
     own = len(c.names) - n_by
     families = list(dict.fromkeys(lv[own:] for lv in c.levels))
     adjust = _default(method) if adjust is None else adjustment.check(adjust)
-    if adjust == "tukey" and method != "pairwise":
-        raise LmmError(
-            "adjust='tukey' is for all pairwise comparisons; use 'holm', 'bonferroni', 'bh' or "
-            "'none' with other contrasts."
-        )
+    _check_family(adjust, method)
     labels, rows, sizes = [], [], []
     for family in families:
         members = [i for i, lv in enumerate(c.levels) if lv[own:] == family]
@@ -160,33 +190,59 @@ def compare(m: Method, c: Combinations, n_by: int, method: Any, adjust: str | No
             used = weights != 0
             rows.append(weights[used] @ c.L[members][used])
         sizes.append((len(made), len(members)))
-    table = judged(m, np.array(rows).reshape(-1, len(m.beta)), 0.0, 0.95)
-    table["p_value"] = np.concatenate(
-        [
-            adjustment.adjusted(
-                part["p_value"].to_numpy(),
-                adjust,
-                part["statistic"].to_numpy(),
-                part["df"].to_numpy(),
-                size[1],
-            )
-            for part, size in zip(_parts(table, [s[0] for s in sizes]), sizes, strict=True)
-        ]
-    )
+    L = np.array(rows).reshape(-1, len(m.beta))
+    table = judged(m, L, 0.0, 0.95)
+    p, errors = [], []
+    for at, (count, means) in zip(_starts(sizes), sizes, strict=True):
+        part = table.iloc[at : at + count]
+        found = _adjusted(m, L[at : at + count], part, adjust, means, seed)
+        p.append(found.p)
+        errors.append(found.mc_se)
+    table["p_value"] = np.concatenate([np.zeros(0), *p])
     text = pd.DataFrame(labels, columns=["contrast", *c.names[own:]], index=range(len(rows)))
     columns = ["estimate", "std_error", "df", "statistic", "p_value"]
-    return pd.concat([text, table[columns]], axis=1)
+    out = pd.concat([text, table[columns]], axis=1)
+    out.attrs["adjust"] = adjust
+    if adjust in adjustment.JOINT:
+        out.attrs["mc_se"] = max(errors, default=0.0)
+    return out
 
 
-def _parts(table: pd.DataFrame, sizes: list[int]) -> list[pd.DataFrame]:
-    ends = np.cumsum([0, *sizes])
-    return [table.iloc[a:b] for a, b in itertools.pairwise(ends)]
+def _starts(sizes: list[tuple[int, int]]) -> list[int]:
+    return [0, *itertools.accumulate(count for count, _ in sizes)][:-1]
+
+
+def _adjusted(
+    m: Method, L: np.ndarray, part: pd.DataFrame, adjust: str, means: int, seed: int
+) -> simultaneous.Adjusted:
+    """Adjusted p-values of one family; contrasts that are not estimable stay NaN."""
+    p, t, df = (part[c].to_numpy(float) for c in ("p_value", "statistic", "df"))
+    if adjust not in adjustment.JOINT:
+        return simultaneous.Adjusted(adjustment.adjusted(p, adjust, t, df, means), 0.0)
+    known, out = np.isfinite(p), np.full(len(p), np.nan)
+    if not known.any():
+        return simultaneous.Adjusted(out, 0.0)
+    own = L[known]
+    out[known], error = simultaneous.adjust(t[known], df[known], own @ m.vcov @ own.T, seed)
+    return simultaneous.Adjusted(out, error)
+
+
+def _check_family(adjust: str, method: Any) -> None:
+    """Refuse adjustments that are made for another family of contrasts."""
+    wanted = {"tukey": ("pairwise",), "dunnett": CONTROL}.get(adjust)
+    if wanted is None or (isinstance(method, str) and method in wanted):
+        return
+    what = "all pairwise comparisons" if adjust == "tukey" else "comparisons with a control"
+    raise LmmError(
+        f"adjust={adjust!r} is for {what} (method={wanted[0]!r}); use 'mvt', 'holm', 'bonferroni', "
+        "'bh' or 'none' with other contrasts."
+    )
 
 
 def _default(method: Any) -> str:
     if method == "pairwise":
         return "tukey"
-    return "holm" if method == "trt.vs.ctrl" else "none"
+    return "holm" if isinstance(method, str) and method in CONTROL else "none"
 
 
 def coefficients(levels: list[str], method: Any) -> dict[str, np.ndarray]:
@@ -195,7 +251,7 @@ def coefficients(levels: list[str], method: Any) -> dict[str, np.ndarray]:
     Parameters
     ----------
     levels : list of str
-    method : {"pairwise", "trt.vs.ctrl", "poly"} or dict
+    method : {"pairwise", "trt.vs.ctrl", "control", "poly"} or dict
         A dict gives ``{"label": [weight per level]}``.
 
     Examples
@@ -209,7 +265,7 @@ def coefficients(levels: list[str], method: Any) -> dict[str, np.ndarray]:
     if method == "pairwise":
         pairs = itertools.combinations(range(k), 2)
         return {f"{levels[i]} - {levels[j]}": e[i] - e[j] for i, j in pairs}
-    if method == "trt.vs.ctrl":
+    if method in CONTROL:
         return {f"{levels[i]} - {levels[0]}": e[i] - e[0] for i in range(1, k)}
     if method == "poly":
         degrees = ["linear", "quadratic", "cubic", "quartic"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.inference.containment import Containment
+    from lmmjax.inference.influence import Influence
     from lmmjax.inference.robust import Sandwich
     from lmmjax.residual.source import Source
 
@@ -302,7 +303,7 @@ class InferenceMethods(LikelihoodMethods):
         -------
         DataFrame
             A column per factor, then ``emmean std_error df ci_low ci_high``; a mean offset of the
-            model is included.
+            model is included. ``attrs["note"]`` names what is averaged over though it interacts.
 
         Warns
         -----
@@ -315,7 +316,8 @@ class InferenceMethods(LikelihoodMethods):
         design = self._fit.model.design
         names = (*means.names_of(specs), *means.names_of(by))
         c = means.averages(design, names, weights, at)
-        return means.frame(m, c, "emmean", float(np.mean(design.offset)), level)
+        out = means.frame(m, c, "emmean", float(np.mean(design.offset)), level)
+        return means.noted(out, design, names)
 
     def emtrends(
         self,
@@ -356,6 +358,7 @@ class InferenceMethods(LikelihoodMethods):
         at: Mapping[str, Any] | None = None,
         information: str | None = None,
         second_order: bool = True,
+        seed: int = 0,
     ) -> pd.DataFrame:
         """Contrasts of marginal means, or of trends.
 
@@ -363,11 +366,16 @@ class InferenceMethods(LikelihoodMethods):
         ----------
         specs, by : str or list of str
             Factors whose means are compared; separately for each combination of ``by``.
-        method : {"pairwise", "trt.vs.ctrl", "poly"} or dict
-            All pairs; each level against the first; orthogonal polynomials with whole coefficients;
-            or ``{"label": weights}``.
-        adjust : {"tukey", "holm", "bonferroni", "bh", "none"}, optional
-            Within each family. Default: Tukey for pairs, Holm against a control, else none.
+        method : {"pairwise", "trt.vs.ctrl", "control", "poly"} or dict
+            All pairs; each level against the first (two names); orthogonal polynomials with whole
+            coefficients; or ``{"label": weights}``.
+        adjust : {"tukey", "dunnett", "mvt", "holm", "bonferroni", "bh", "none"}, optional
+            Within each family. Default: Tukey for pairs, Holm against a control, else none. "mvt"
+            is the single-step adjustment of any family by its multivariate t distribution (exact
+            but for integration: its error is in ``attrs["mc_se"]``); "dunnett" the same for
+            comparisons with a control (emmeans calls ``dunnettx`` an approximation of it).
+        seed : int
+            Of that integration.
         trend : str, optional
             Compare slopes in this covariate instead of means.
         df, information, second_order, weights, at
@@ -377,6 +385,7 @@ class InferenceMethods(LikelihoodMethods):
         -------
         DataFrame
             ``contrast``, the columns of ``by``, ``estimate std_error df statistic p_value``.
+            ``attrs["note"]`` names what is averaged over though it interacts.
         """
         from lmmjax.inference import means
 
@@ -387,7 +396,8 @@ class InferenceMethods(LikelihoodMethods):
             c = means.averages(design, names, weights, at)
         else:
             c = means.trends(design, trend, names, weights, at)
-        return means.compare(m, c, len(conditions), method, adjust)
+        out = means.compare(m, c, len(conditions), method, adjust, seed)
+        return means.noted(out, design, names)
 
     # -- variances --------------------------------------------------------------------------------
 
@@ -444,6 +454,39 @@ class InferenceMethods(LikelihoodMethods):
         from lmmjax.inference.explained import intraclass
 
         return pd.Series(intraclass(self._fit), index=["adjusted", "unadjusted"], name="icc")
+
+    # -- diagnostics ------------------------------------------------------------------------------
+
+    def influence(self, refit: bool = False) -> Influence:
+        """Leverage, Cook's distances, and the estimates without each row or group.
+
+        Parameters
+        ----------
+        refit : bool
+            Groups are left out by refits of all parameters in one batch (independent residuals);
+            by default θ is kept, and the results are those of a refit of β and σ at that θ.
+
+        Returns
+        -------
+        lmmjax.inference.influence.Influence
+            ``.rows()``, ``.groups(group)``, ``.beta(group)``, ``.dfbeta(group)``,
+            ``.dfbetas(group)``, ``.plot(group)``.
+
+        Notes
+        -----
+        One pass over the rows; nothing of size n x n or q x q for nested factors. For linear models
+        these are R's ``hatvalues``, ``cooks.distance``, ``dfbetas``, ``rstudent``.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> fit = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff")).fit()
+        >>> fit.influence().groups("Batch")["cooks_d"].round(3).tolist()
+        [0.054, 0.0, 0.142, 0.093, 0.56, 0.352]
+        """
+        from lmmjax.inference.influence import Influence
+
+        return Influence(self._fit, bool(refit))
 
     # -- what the methods share -------------------------------------------------------------------
 
