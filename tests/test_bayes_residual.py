@@ -114,7 +114,9 @@ def test_marginal_density_is_that_of_the_dense_normal(residual: str) -> None:
     [
         ("noncentered", " + (t | id)", "ar1(visit | id) * varident(arm)"),
         ("centered", " + (t | id)", "car1(t | id) * varpower(u)"),
-        ("centered", " + (1 | clinic) + (1 | school)", "cs(1 | id)"),
+        pytest.param(
+            "centered", " + (1 | clinic) + (1 | school)", "cs(1 | id)", marks=pytest.mark.slow
+        ),
         ("noncentered", " + (1 | clinic)", "un(visit | id)"),
     ],
 )
