@@ -37,8 +37,8 @@ class LikelihoodMethods:
         ----------
         method : {"wald", "profile", "bootstrap"}
             Wald: t intervals of β, variance parameters on the log or Fisher-z scale (NaN where the
-            fit is singular). Profile likelihood: right at boundaries, an SD's interval may begin at
-            0. Parametric bootstrap.
+            fit is singular), residual parameters as :meth:`lmmjax.Fit.residual_intervals`. Profile
+            likelihood: right at boundaries, an SD's interval may begin at 0. Parametric bootstrap.
         level : float
         parm : str or list of str, optional
             Parameters, by name; "beta_" or "theta_" for all fixed effects or all variance
@@ -55,8 +55,9 @@ class LikelihoodMethods:
         -------
         DataFrame
             ``estimate low high`` under lme4's names: ``sd_(Intercept)|Subject``,
-            ``cor_Days.(Intercept)|Subject``, ``sigma``, then the fixed effects. Estimates are those
-            of the fit; with another ``criterion``, variance parameters are its optimum.
+            ``cor_Days.(Intercept)|Subject``, ``sigma``, residual parameters, then the fixed effects.
+            Estimates are those of the fit; with another ``criterion``, variance parameters are its
+            optimum.
 
         Notes
         -----
