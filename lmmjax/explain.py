@@ -20,6 +20,7 @@ def explain(comparison: Comparison) -> list[str]:
     """Sentences on a comparison, most urgent first."""
     return [
         *_lacking(comparison),
+        *_models(comparison),
         *_trouble(comparison),
         *_fixed(comparison),
         *_ml_against_reml(comparison),
@@ -32,6 +33,17 @@ def _lacking(comparison: Comparison) -> list[str]:
     return [
         f"{label} has no {', '.join(names)}; compare the shared terms only."
         for label, names in lacking(comparison).items()
+    ]
+
+
+def _models(comparison: Comparison) -> list[str]:
+    """Where to test what one fit has and another lacks."""
+    fits = [r for r in comparison.results if isinstance(r, Fit)]
+    if len({f.model.formula for f in fits}) < 2:
+        return []
+    return [
+        "The fits are of different models: lmmjax.lrt(small, big) tests nested ones, "
+        "lmmjax.aic_table(...) ranks any."
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,29 @@ def test_line_gives_its_number(entry: Any) -> None:
     fit = lmm.Model(formula, lmm.load_dataset(data), **options).fit(method=method)
     tolerance = 4e-4 if len(given.partition(".")[2]) == 4 else 1e-6  # SAS rounds
     assert fit.loglik == pytest.approx(float(given), abs=tolerance)
+
+
+LINE = re.compile(r"`(?P<call>[mf]\..*)` \| (?P<value>-?[\d.]+(e-\d+)?) \|$")
+
+
+def calls() -> list[tuple[str, str]]:
+    """(expression, value) of the lines of inference."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    return [(found["call"], found["value"]) for line in lines if (found := LINE.search(line))]
+
+
+def test_every_line_of_inference_is_found() -> None:
+    assert len(calls()) == 15
+
+
+@functools.cache
+def fits() -> dict[str, lmm.Fit]:
+    data = lmm.load_dataset("sleepstudy")
+    formulas = {"m": "Reaction ~ Days + (Days | Subject)", "f": "Reaction ~ Days"}
+    return {name: lmm.Model(formula, data).fit() for name, formula in formulas.items()}
+
+
+@pytest.mark.parametrize(("call", "value"), calls())
+def test_line_of_inference_gives_its_number(call: str, value: str) -> None:
+    """The calls are those of a page of this repository."""
+    assert eval(call, {}, fits()) == pytest.approx(float(value), rel=2e-6)

@@ -14,6 +14,7 @@ from lmmjax import estimate
 from lmmjax.errors import LmmError
 from lmmjax.inference import hypothesis, variances
 from lmmjax.inference import kenward_roger as kr
+from lmmjax.inference.diagnostics import DiagnosticMethods
 from lmmjax.inference.information import Tables
 from lmmjax.inference.likelihood_methods import LikelihoodMethods
 from lmmjax.inference.linear import Directions
@@ -23,12 +24,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.inference.containment import Containment
-    from lmmjax.inference.influence import Influence
     from lmmjax.inference.robust import Sandwich
     from lmmjax.residual.source import Source
 
 
-class InferenceMethods(LikelihoodMethods):
+class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
     """Tests, marginal means, variance shares and robust covariances of a :class:`lmmjax.Fit`.
 
     Wherever ``df=`` can be said it is one of ``"satterthwaite"``, ``"kenward-roger"`` (REML fits
@@ -216,6 +216,43 @@ class InferenceMethods(LikelihoodMethods):
         if not joint:
             return hypothesis.t_table(m, h.L, h.rhs, h.names, level)
         return hypothesis.f_frame({"; ".join(h.names): m.f_test(h.L, h.rhs)}, scaling=True)
+
+    def tests(
+        self, parm: str, *, level: float = 0.95, n: int = 1000, seed: int = 0
+    ) -> pd.DataFrame:
+        """Test one coefficient against 0 by every method, side by side.
+
+        Parameters
+        ----------
+        parm : str
+            Name of a fixed effect.
+        level : float
+            Of the intervals.
+        n, seed : int
+            Replicates of the parametric bootstrap, and its seed.
+
+        Returns
+        -------
+        DataFrame
+            Index ``method``: Wald z, residual, containment, Satterthwaite and Kenward-Roger
+            (expected and observed information) t, robust CR2, the likelihood ratio (ML refits), the
+            profile likelihood, the bootstrap. Columns ``estimate std_error df statistic p_value
+            ci_low ci_high note``; a method that cannot be had is a row of NaN whose note says why.
+
+        Notes
+        -----
+        Two ML refits, a profile and ``n`` refits in one batch.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> fit = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff")).fit()
+        >>> fit.tests("(Intercept)", n=200)["ci_low"].round(0).iloc[[0, 1, 3]].tolist()
+        [1490.0, 1488.0, 1478.0]
+        """
+        from lmmjax.inference.side_by_side import side_by_side
+
+        return side_by_side(self._fit, parm, level, n, seed)
 
     def anova(
         self,
@@ -454,39 +491,6 @@ class InferenceMethods(LikelihoodMethods):
         from lmmjax.inference.explained import intraclass
 
         return pd.Series(intraclass(self._fit), index=["adjusted", "unadjusted"], name="icc")
-
-    # -- diagnostics ------------------------------------------------------------------------------
-
-    def influence(self, refit: bool = False) -> Influence:
-        """Leverage, Cook's distances, and the estimates without each row or group.
-
-        Parameters
-        ----------
-        refit : bool
-            Groups are left out by refits of all parameters in one batch (independent residuals);
-            by default θ is kept, and the results are those of a refit of β and σ at that θ.
-
-        Returns
-        -------
-        lmmjax.inference.influence.Influence
-            ``.rows()``, ``.groups(group)``, ``.beta(group)``, ``.dfbeta(group)``,
-            ``.dfbetas(group)``, ``.plot(group)``.
-
-        Notes
-        -----
-        One pass over the rows; nothing of size n x n or q x q for nested factors. For linear models
-        these are R's ``hatvalues``, ``cooks.distance``, ``dfbetas``, ``rstudent``.
-
-        Examples
-        --------
-        >>> import lmmjax as lmm
-        >>> fit = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff")).fit()
-        >>> fit.influence().groups("Batch")["cooks_d"].round(3).tolist()
-        [0.054, 0.0, 0.142, 0.093, 0.56, 0.352]
-        """
-        from lmmjax.inference.influence import Influence
-
-        return Influence(self._fit, bool(refit))
 
     # -- what the methods share -------------------------------------------------------------------
 
