@@ -17,7 +17,7 @@ from scipy import optimize, stats
 
 import lmmjax as lmm
 from lmmjax.gram import standardise
-from lmmjax.inference import information, variances
+from lmmjax.inference import information, profile, variances
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.residual import expansion, parameters
 from lmmjax.residual.checks import contains
@@ -591,3 +591,16 @@ def test_expansions_lower_for_cuda(residual: str) -> None:
         ):
             exported = jax.export.export(jax.jit(f), platforms=["cuda"])(jnp.asarray(phi))
             assert "cuda" in exported.platforms
+
+
+def test_profiles_lower_for_cuda() -> None:
+    fit = fitted("un(visit | id)", "")
+    profiler = profile.Profiler(fit)
+    parameter = profiler.component("rho[0,2]")
+    with lmm.float64():
+        held = jax.tree.map(lambda a: jnp.asarray(a, float), parameter.hold(0.5))
+        arguments = jnp.asarray(parameter.start()), held, fit.model._prepared[2]
+        exported = jax.export.export(profile.minimise, platforms=["cuda"])(
+            profiler.layout, *arguments
+        )
+    assert "cuda" in exported.platforms

@@ -55,7 +55,7 @@ class LikelihoodMethods:
         -------
         DataFrame
             ``estimate low high`` under lme4's names: ``sd_(Intercept)|Subject``,
-            ``cor_Days.(Intercept)|Subject``, ``sigma``, residual parameters, then fixed effects.
+            ``cor_Days.(Intercept)|Subject``, ``sigma``, residual parameters, fixed effects.
             Estimates are those of the fit; with another ``criterion``, variance parameters are its
             optimum.
 
