@@ -251,7 +251,7 @@ BOOTSTRAPS = (
     (" + (1 | Subject)", None),
     (" + (Days | Subject)", None),
     (" + (1 | Subject)", "ar1(Days | Subject)"),
-    ("", "un(Days | Subject)"),
+    ("", "csh(Days | Subject)"),
 )
 
 #: bootMer of the same model, 50 simulations
