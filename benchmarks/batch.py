@@ -29,10 +29,10 @@ from benchmarks.peers import LIBRARIES, Library
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks-batch.md"
 HEAD = """# Benchmarks of batches
 
-Made by `python -m benchmarks.batch` on {cores} cores. Medians of warm runs; the machine was shared, so believe
-ratios and CPU seconds more than wall seconds. Peers run in turn with lmmjax, each on a subset of the
-responses, scaled up; lmmjax's time includes Satterthwaite's degrees of freedom and the table, theirs the
-refits alone. R is {r}.
+Made by `python -m benchmarks.batch` on {cores} cores. Medians of warm runs; the machine was shared,
+so believe ratios and CPU seconds more than wall seconds. Peers run in turn with lmmjax, each on a
+subset of the responses, scaled up; lmmjax's time includes Satterthwaite's degrees of freedom and
+the table, theirs the refits alone. R is {r}.
 """
 
 #: how each library refits, without degrees of freedom: what is made once, and a fit of one ``y``
