@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import tempfile
 import time
@@ -29,7 +30,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks-batch.md"
 HEAD = """# Benchmarks of batches
 
 Made by `python -m benchmarks.batch` on {cores} cores. Medians of warm runs; the machine was shared,
-so believe ratios and CPU seconds more than wall seconds.
+so believe ratios and CPU seconds more than wall seconds. Peers run in turn with lmmjax, each on a
+subset of the responses, scaled up; lmmjax's time includes Satterthwaite's degrees of freedom and
+the table, theirs the refits alone. R is {r}.
 """
 
 #: how each library refits, without degrees of freedom: what is made once, and a fit of one ``y``
@@ -251,7 +254,7 @@ BOOTSTRAPS = (
     (" + (1 | Subject)", None),
     (" + (Days | Subject)", None),
     (" + (1 | Subject)", "ar1(Days | Subject)"),
-    ("", "un(Days | Subject)"),
+    ("", "csh(Days | Subject)"),
 )
 
 #: bootMer of the same model, 50 simulations
@@ -264,6 +267,14 @@ began <- proc.time()[["elapsed"]]
 boot <- bootMer(fit, values, nsim = 50, seed = 1)
 cat((proc.time()[["elapsed"]] - began) / 50)
 """
+
+
+def r_version() -> str:
+    """The version of R, or that there is none."""
+    call = ["Rscript", "-e", "cat(as.character(getRversion()))"]
+    if shutil.which("Rscript") is None:
+        return "not installed"
+    return subprocess.run(call, capture_output=True, text=True, check=True).stdout
 
 
 def bootmer(data: pd.DataFrame, right: str, ours: float) -> str:
@@ -340,7 +351,7 @@ def main() -> None:
             lines += (made := row().splitlines())
             print("\n".join(made), flush=True)
     if args.only is None:
-        PAGE.write_text("\n".join([HEAD.format(cores=os.cpu_count()), *lines, ""]))
+        PAGE.write_text("\n".join([HEAD.format(cores=os.cpu_count(), r=r_version()), *lines, ""]))
 
 
 if __name__ == "__main__":

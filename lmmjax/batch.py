@@ -168,16 +168,17 @@ def reported(structure: Structure | None, theta: np.ndarray) -> tuple[np.ndarray
     return np.asarray(natural), np.asarray(sd)
 
 
-def choose_lanes(layout: Layout, rhs: Any = None, platform: str | None = None) -> int:
+def choose_lanes(layout: Layout, rhs: Any = None, k: int = 1, platform: str | None = None) -> int:
     """Items side by side: all that an accelerator holds; on a CPU as many as fit its cache.
 
     ``rhs`` are the parts of the items where these are more than the blocks of the layout: rows or
-    patterns of a residual structure.
+    patterns of a residual structure with k parameters in all. The more there are, the more an
+    evaluation costs and the more iterations differ, so that lanes would wait for one another.
     """
     if layout.d > LARGE_CORE:
         return 1
     numbers = sum(S * (S + layout.d + layout.p + 1) * J for _, S, J in layout.chain)
-    own = 0 if rhs is None or isinstance(rhs, Rhs) else numbers_of_one(rhs) * (layout.p + 1)
+    own = 0 if rhs is None or isinstance(rhs, Rhs) else numbers_of_one(rhs) * (layout.p + 1) * k
     if (platform or jax.default_backend()) != "cpu":
         return int(np.clip(2 ** int(np.log2(1e8 / (own + 1))), 1, 1024))
     least = 1 if own > numbers else 4
@@ -248,7 +249,9 @@ def fit_items(
     """
     m = _count(rhs)
     start = _start(layout, gram) if theta0 is None else np.asarray(theta0)
-    lanes = min(lanes or choose_lanes(layout, rhs), 2 ** int(np.ceil(np.log2(max(m, 1)))))
+    lanes = min(
+        lanes or choose_lanes(layout, rhs, start.shape[-1]), 2 ** int(np.ceil(np.log2(max(m, 1))))
+    )
     size = bucket(max(m, size or 0), lanes * (1 if mesh is None else mesh.size))
     run = functools.partial(_run, layout, method, shared, lanes, size, mesh)
     items = run(gram, rhs, start)
@@ -295,7 +298,10 @@ def _run(
     """One compiled call on padded items; NumPy out. A retry runs the program of the first try."""
     m = _count(rhs)
     theta0 = np.broadcast_to(start, (m, start.shape[-1]))
-    rhs, theta0 = pad_items((rhs, theta0), m, size)
+    theta0 = pad_items(theta0, m, size)
+    # a number that is not finite stops its lane at once; copies of a straggler would not
+    blank = lambda a: np.full((size - m, *np.shape(a)[1:]), np.nan)  # noqa: E731
+    rhs = jax.tree.map(lambda a: np.concatenate([a, blank(a)]), rhs)
     gram = gram if shared else pad_items(gram, m, size)
     if mesh is None:
         out = compiled(layout, method, lanes, shared, gram, rhs, theta0)

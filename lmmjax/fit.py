@@ -549,7 +549,8 @@ class Fit(InferenceMethods):
 
         Notes
         -----
-        Replicates are drawn as cross-products, exactly, at no cost in the number of rows.
+        Replicates are drawn as cross-products, exactly, at no cost in the number of rows. With
+        residual parameters rows are simulated, and intervals include ``residual_params``.
 
         Examples
         --------

@@ -39,9 +39,9 @@ from lmmjax.rank import independent_columns
 from lmmjax.residual import ragged
 from lmmjax.residual.frame import build
 from lmmjax.residual.language import ResidualSpec, parse_residual
-from lmmjax.residual.setup import whitened_rows
-from lmmjax.residual.source import Rows
+from lmmjax.residual.source import Patterns, Rows
 from lmmjax.residual.structures import CompoundSymmetry, Structure
+from lmmjax.start import identity
 from lmmjax.variables import take_rows
 
 if TYPE_CHECKING:
@@ -354,14 +354,14 @@ class _Worker:
 
 @dataclass
 class _StructuredWorker(_Worker):
-    """Data sets with a residual structure: a padded source of whitened rows each."""
+    """Data sets with a residual structure: a padded source each."""
 
     single: _Single
     labels: Any
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.made: dict[int, tuple[Rows, Units]] = {}
+        self.made: dict[int, tuple[Rows | Patterns, Units]] = {}
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             for i in np.flatnonzero(self.status == batch.NOT_RUN).tolist():
@@ -386,7 +386,8 @@ class _StructuredWorker(_Worker):
             if not exact:
                 self.notes.append(f"{self.labels[i]}: {error}")
             return
-        self.made[i] = whitened_rows(piece, plan(piece), standardised), standardised.units
+        source = ragged.make_source(piece, plan(piece), standardised)
+        self.made[i] = source, standardised.units
 
     def buckets(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(columns, items) of each bucket: one kind of structure, layout and size."""
@@ -398,8 +399,8 @@ class _StructuredWorker(_Worker):
             layout, sizes = rows.layout, ragged.sizes_of(rows)
             shape = [(t, S) for t, S, _ in (*layout.chain, *layout.core)]
             key = (ragged.kind(rows.structure), *self.columns[i].tolist(), *shape)
-            size = [bucket_size(np.array(k), 2) for k in (sizes.subjects, sizes.rows)]
-            key = (*key, len(layout.chain), *(map(int, size) if apart else ()))
+            size = [bucket_size(np.array(k), 2) for k in (sizes[0], sizes.rows)]
+            key = (*key, type(rows), len(layout.chain), *(map(int, size) if apart else ()))
             groups.setdefault(key, []).append(i)
         out = []
         for members in groups.values():
@@ -427,14 +428,15 @@ class _StructuredWorker(_Worker):
         first = self.made[int(members[0])][0].structure
         common = self.common[ragged.kind(first)]
         sources = [common.apply(self.made[i][0], own_range) for i in members.tolist()]
-        every = [ragged.sizes_of(rows) for rows in sources]
-        sizes = ragged.Sizes(*(ragged.largest(values) for values in zip(*every, strict=True)))
+        sizes = ragged.common_sizes(sources)
         padded = ragged.stack([ragged.pad(rows, sizes) for rows in sources])
+        theta = identity(padded.layout)
         done = batch.fit_items(
             padded.layout,
             self.method,
             padded,
             padded.response,
+            np.stack([np.append(theta, rows.start()) for rows in sources]),
             shared=False,
             mesh=self.mesh,
             size=self.chunk,

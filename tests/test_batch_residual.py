@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import pandas as pd
 import pytest
 
 import lmmjax as lmm
-from lmmjax import batch, bootstrap, gram
+from lmmjax import batch, bootstrap, cli, gram
 from lmmjax.residual import program, ragged, setup
 from lmmjax.residual.responses import StructuredResponses
 
@@ -207,7 +209,9 @@ def sets() -> pd.DataFrame:
     return data.assign(t=data["t"].mask(twice, 1))
 
 
-def test_groups_equal_single_fits(sets: pd.DataFrame, tmp_path: Any) -> None:
+def test_groups_equal_single_fits(
+    sets: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One data set has two rows of a subject at one position: it fails and says so."""
     options: dict[str, Any] = {"by": "k", "residual": "car1(t | id) * varident(f)"}
     made = lmm.fit_groups("y ~ t + (1 | s)", sets, **options)
@@ -222,6 +226,12 @@ def test_groups_equal_single_fits(sets: pd.DataFrame, tmp_path: Any) -> None:
         assert made.loglik["set0"] == pytest.approx(alone.fit().loglik, abs=1e-8)
     back = lmm.BatchFit.from_parquet(made.to_parquet(tmp_path / "made.parquet"))
     pd.testing.assert_frame_equal(back.residual_params(), made.residual_params())
+    sets.to_csv(tmp_path / "sets.csv", index=False)
+    given = ["--by", "k", "--residual", options["residual"], "--json"]
+    assert cli.main(["batch", str(tmp_path / "sets.csv"), "y ~ t + (1 | s)", *given]) == 1
+    record = json.loads(capsys.readouterr().out)["residual"]
+    assert record[0]["parameter"] == "phi"
+    assert record[0]["estimate"] == pytest.approx(made.residual_params()["estimate"][0], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +239,7 @@ def test_groups_equal_single_fits(sets: pd.DataFrame, tmp_path: Any) -> None:
     [
         ("y ~ t + (1 | id)", "ar1(t | id) * varexp(t)"),
         ("y ~ t + (1 | s) + (1 | f)", "spexp(t | id)"),
-        ("y ~ t + f", "cs(1 | id)"),
+        ("y ~ t + f", "cs(t | id)"),
         ("y ~ 0 + (1 | id)", "varpower(I(t + 1))"),
     ],
 )
@@ -239,12 +249,11 @@ def test_padding_leaves_the_products_alone(formula: str, residual: str, sets: pd
     for k in ("set0", "set1"):
         model = lmm.Model(formula, sets[sets["k"] == k], residual=residual)
         plan, standardised = model._plan, gram.standardise(model.design)
-        made.append(setup.whitened_rows(model.design, plan, standardised))
+        made.append(ragged.make_source(model.design, plan, standardised))
     common = ragged.Common.of([rows.structure for rows in made])
-    sizes = ragged.Sizes(
-        *(ragged.largest(v) for v in zip(*map(ragged.sizes_of, made), strict=True))
-    )
-    sizes = sizes._replace(slots=tuple(m + 1 for m in sizes.slots))
+    sizes = ragged.common_sizes(made)
+    if isinstance(sizes, ragged.Sizes):
+        sizes = sizes._replace(slots=tuple(m + 1 for m in sizes.slots))
     for rows in (common.apply(r) for r in made):
         out = ragged.pad(rows, sizes)
         phi = 0.3 + rows.structure.start()

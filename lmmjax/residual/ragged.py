@@ -1,10 +1,12 @@
 r"""Sources of many data sets with one residual structure, padded to a common shape.
 
-Every data set has a source of whitened rows of its own (``Rows``). Padding adds nothing to any sum:
-a row of zeros, a subject of such rows with a pattern that is all padding (log-determinant 0), a
-level without rows. What is static about the structures and only sets units (typical distances,
-means and SDs of variance covariates, the largest lag) is made common first, so that they share a
-program; what changes the parameters (positions, levels, lags) tells buckets apart.
+Every data set has a source of its own: sums by pattern where there are no random effects and few
+positions (``Patterns``, with derivatives in closed form), whitened rows otherwise (``Rows``).
+Padding adds nothing to any sum: a row of zeros, a subject of such rows with a pattern that is all
+padding (log-determinant 0), a pattern without subjects, a level without rows. What is static about
+the structures and only sets units (typical distances, means and SDs of variance covariates, the
+largest lag) is made common first, so that they share a program; what changes the parameters
+(positions, levels, lags) tells buckets apart.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import jax
 import numpy as np
 
 from lmmjax.buckets import bucket
-from lmmjax.gram import Layout
-from lmmjax.residual.source import Block, Rows, Where
+from lmmjax.gram import Layout, Plan, Standardised
+from lmmjax.residual.setup import patterns_source, whitened_rows
+from lmmjax.residual.source import Block, Patterns, Rows, Where
 from lmmjax.residual.structures import (
     ARMA,
     Autoregressive,
@@ -31,7 +34,7 @@ from lmmjax.residual.structures import (
 
 
 class Sizes(NamedTuple):
-    """What sources are padded to."""
+    """What sources of whitened rows are padded to."""
 
     subjects: int  # G
     rows: int  # T, of the longest subject
@@ -39,6 +42,21 @@ class Sizes(NamedTuple):
     chain: tuple[int, ...]  # levels of each factor
     core: tuple[int, ...]
     slots: tuple[int, ...]  # levels of each core factor that a subject meets
+
+
+class PatternSizes(NamedTuple):
+    """What sums by pattern are padded to."""
+
+    patterns: int  # P
+    rows: int  # T
+    places: int  # U, of the grid
+
+
+def make_source(design: Any, the_plan: Plan, standardised: Standardised) -> Rows | Patterns:
+    """The source of one data set."""
+    rows = whitened_rows(design, the_plan, standardised)
+    sums = None if design.terms else patterns_source(rows, 1.0)
+    return rows if sums is None else sums
 
 
 # -------------------------------------------------------------------------------------------------
@@ -71,17 +89,20 @@ class Common:
             tuple((-mean / sd).tolist()),
         )
 
-    def apply(self, rows: Rows, own_range: bool = False) -> Rows:
+    def apply(self, source: Rows | Patterns, own_range: bool = False) -> Rows | Patterns:
         """The source in the common units; ρ of compound symmetry keeps its range if asked to.
 
         The least ρ is -1/(T-1): that of the largest subject of all data sets is above that of a
         data set of smaller subjects.
         """
-        s = rows.structure
+        s = source.structure
         variances = replace(s.variances, scales=self.scales, shifts=self.shifts)
-        blocks = tuple(replace(b, H=self._H(b, s.variances)) for b in rows.blocks)
         structure = Structure(self._family(s.family, own_range), variances)
-        return replace(rows, structure=structure, blocks=blocks)
+        if isinstance(source, Patterns):
+            return replace(source, structure=structure, H=self._H(source.H, s.variances))
+        H = [self._H(b.H, s.variances) * b.mask[..., None] for b in source.blocks]
+        blocks = tuple(replace(b, H=h) for b, h in zip(source.blocks, H, strict=True))
+        return replace(source, structure=structure, blocks=blocks)
 
     def _family(self, family: Family | None, own_range: bool) -> Family | None:
         if isinstance(family, Autoregressive | ARMA):
@@ -92,10 +113,10 @@ class Common:
             return replace(family, T=self.T)
         return family
 
-    def _H(self, block: Block, own: Variances) -> np.ndarray:
+    def _H(self, H: np.ndarray, own: Variances) -> np.ndarray:
         """H = x / sd + shift in the common sd and shift; SD ratios have sd 1 and shift 0."""
-        x = (block.H - np.array(own.shifts)) * np.array(own.scales)
-        return (x / np.array(self.scales) + np.array(self.shifts)) * block.mask[..., None]
+        x = (H - np.array(own.shifts)) * np.array(own.scales)
+        return x / np.array(self.scales) + np.array(self.shifts)
 
 
 def _means(v: Variances) -> np.ndarray:
@@ -119,8 +140,11 @@ def kind(structure: Structure) -> Any:
 # -------------------------------------------------------------------------------------------------
 
 
-def sizes_of(rows: Rows) -> Sizes:
-    """The sizes of one source, with one more pattern."""
+def sizes_of(rows: Rows | Patterns) -> Any:
+    """The sizes of one source; of whitened rows with one more pattern."""
+    if isinstance(rows, Patterns):
+        P, T = rows.mask.shape
+        return PatternSizes(P, T, len(rows.pos))
     layout, width = rows.layout, rows.blocks[0].M.shape[2]
     local = sum(S for _, S, _ in layout.chain)
     core = width - local - layout.p - 1  # columns of the core's slots
@@ -134,16 +158,18 @@ def sizes_of(rows: Rows) -> Sizes:
     )
 
 
-def numbers(rows: Rows) -> int:
-    """Numbers in the columns of one source, padded to one block."""
+def numbers(rows: Rows | Patterns) -> int:
+    """Numbers in the columns or sums of one source, padded to one block."""
+    if isinstance(rows, Patterns):
+        return rows.sums.size
     sizes = sizes_of(rows)
     return sizes.subjects * sizes.rows * rows.blocks[0].M.shape[2]
 
 
-def largest(values: Any) -> Any:
+def _largest(values: Any) -> Any:
     """The largest of numbers, or of tuples place by place, rounded up to a bucket."""
     if isinstance(values[0], tuple):
-        return tuple(largest(place) for place in zip(*values, strict=True))
+        return tuple(_largest(place) for place in zip(*values, strict=True))
     return bucket(max(values)) if max(values) > 1 else 1
 
 
@@ -160,8 +186,35 @@ def _slots(rows: Rows, columns: int) -> tuple[int, ...]:
     return tuple(out)
 
 
-def pad(rows: Rows, to: Sizes) -> Rows:
-    """The source in one block of the given sizes."""
+def common_sizes(sources: list[Any]) -> Any:
+    """Sizes that all sources fit into, rounded up to buckets."""
+    every = [sizes_of(s) for s in sources]
+    return type(every[0])(*(_largest(values) for values in zip(*every, strict=True)))
+
+
+def pad(source: Any, to: Any) -> Any:
+    """The source in the given sizes: rows in one block, or sums by pattern."""
+    return _pad_sums(source, to) if isinstance(source, Patterns) else _pad_rows(source, to)
+
+
+def _pad_sums(source: Patterns, to: PatternSizes) -> Patterns:
+    (P, T), U = source.mask.shape, len(source.pos)
+    sums = source.sums.reshape(P, T * (T + 1) // 2, -1)  # triangles by row: more rows at the end
+    more = to.rows * (to.rows + 1) // 2 - sums.shape[1]
+    sums = np.pad(sums, ((0, to.patterns - P), (0, more), (0, 0)))
+    both, places = ((0, to.patterns - P), (0, to.rows - T)), ((0, to.places - U), (0, 0))
+    return replace(
+        source,
+        sums=sums.reshape(-1, sums.shape[2]),
+        pos=np.pad(source.pos, places),
+        H=np.pad(source.H, places),
+        place=np.pad(source.place, both),
+        mask=np.pad(source.mask, both),
+        counts=np.pad(source.counts, (0, to.patterns - P)),
+    )
+
+
+def _pad_rows(rows: Rows, to: Sizes) -> Rows:
     own = sizes_of(rows)
     layout = rows.layout
     padded_layout = dataclasses.replace(
@@ -243,6 +296,6 @@ def _more(codes: Any, size: int) -> np.ndarray:
     return np.pad(codes, (0, size - len(codes)))
 
 
-def stack(sources: list[Rows]) -> Rows:
+def stack(sources: list[Any]) -> Any:
     """Sources of one shape as one with a leading axis."""
     return jax.tree.map(lambda *a: np.stack(a), *sources)

@@ -49,8 +49,8 @@ def make_source(design: Any, the_plan: Plan, standardised: Standardised) -> Sour
     rows = whitened_rows(design, the_plan, standardised)
     if r.structure.variances.n_phi == 0 and (basis := _basis(rows)) is not None:
         return basis
-    if not design.terms and (patterns := _patterns(rows)) is not None:
-        return patterns
+    if not design.terms and (sums := patterns_source(rows, 0.5)) is not None:
+        return sums
     return rows
 
 
@@ -305,14 +305,17 @@ def coded(rows: Rows) -> Coded:
     return Coded(M, grid, patterns, code.ravel())
 
 
-def _patterns(rows: Rows) -> Patterns | None:
-    """Sums of outer products per set of positions and variances, where they are few enough."""
+def patterns_source(rows: Rows, share: float) -> Patterns | None:
+    """Sums of outer products per set of positions and variances, where they are few enough.
+
+    ``share`` is the number of sets for each subject, at most.
+    """
     if rows.structure.family is None:
         return None
     M, grid, patterns, code = coded(rows)
     (P, T), K = patterns.shape, rows.layout.p + 1
     size = P * T * (T + 1) * K * (K + 1) // 4
-    if len(grid) > MOST_PLACES or size > MOST_SUMS or 2 * P > len(M):
+    if len(grid) > MOST_PLACES or size > MOST_SUMS or P > share * len(M):
         return None
     dim = rows.blocks[0].pos.shape[2]
     return Patterns(

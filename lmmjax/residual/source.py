@@ -362,13 +362,13 @@ class Patterns:
     @property
     def response(self) -> Array:
         """What involves y: the last row of the packed triangles, (P T(T+1)/2, K)."""
-        return self.sums[:, -(self.layout.p + 1) :]
+        return self.sums[..., -(self.layout.p + 1) :]
 
     def with_response(self, response: Array) -> Patterns:
         """The source of another response on the same design."""
-        kept = self.sums[:, : -(self.layout.p + 1)]
+        kept = self.sums[..., : -(self.layout.p + 1)]
         join = np.concatenate if isinstance(response, np.ndarray) else jnp.concatenate
-        return replace(self, sums=join([kept, response], axis=1))
+        return replace(self, sums=join([kept, response], axis=-1))
 
     def grid(self, phi: Array) -> Array:
         """R between any two places of the grid, (U, U)."""
