@@ -27,10 +27,6 @@ Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 #: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
 SINGULAR_TOLERANCE = 1e-4
 
-#: a step that promises a smaller decrease is the last: convergence is quadratic, so θ is then exact
-#: to about this many of its own standard errors
-CLOSE = 1e-9
-
 CONVERGED, MAX_ITERATIONS, NOT_FINITE, FLAT_STOP = 0, 1, 2, 3
 
 STATUS = {
@@ -45,7 +41,7 @@ class Optimum(NamedTuple):
     """Where the optimiser stopped, and the derivatives that it saw last.
 
     Newton's last step is taken without another evaluation: it is the one that promised a decrease
-    below ``CLOSE`` or rounding error.
+    below rounding error.
     """
 
     theta: jax.Array
@@ -120,9 +116,10 @@ class _State(NamedTuple):
 def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> Optimum:
     """Trust-region Newton with exact derivatives; jit and vmap as you like.
 
-    Stops when the predicted decrease is below ``CLOSE`` (or the rounding error of the criterion),
-    and takes that last step too. An approximate Hessian, such as the average information, serves as
-    well: convergence is then linear, at a rate that falls with the sample.
+    Stops when the predicted decrease is below the rounding error of the criterion, and takes that
+    last step too: convergence is quadratic, so θ is then exact to about its own standard error
+    times that decrease. An approximate Hessian, such as the average information, serves as well:
+    convergence is then linear, at a rate that falls with the sample.
 
     Parameters
     ----------
@@ -158,7 +155,7 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
         theta, value = keep(at, s.theta), keep(value, s.value)
         gradient, hessian = keep(gradient, s.gradient), keep(hessian, s.hessian)
         step, predicted = _step(gradient, hessian, radius)
-        close = predicted <= jnp.maximum(CLOSE, 100 * eps * (1.0 + jnp.abs(value)))
+        close = predicted <= 100 * eps * (1.0 + jnp.abs(value))
         lost = (~ok & first) | (~close & (radius < 1e-3 * eps))
         return _State(
             theta, value, gradient, hessian, step, predicted, radius, s.n + 1, close, lost

@@ -410,6 +410,7 @@ def excess(fit: lmm.Fit, V: Callable[[np.ndarray], np.ndarray], start: Any) -> f
     return float(best.fun) - fit.deviance
 
 
+@pytest.mark.slow
 def test_profile_limits_equal_brute_force() -> None:
     residual = "ar1(visit | id) * varident(arm)"
     fit, d = fitted(residual, " + (1 | id)"), visits()

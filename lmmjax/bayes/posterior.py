@@ -17,7 +17,7 @@ from lmmjax.bayes import draws as exact
 from lmmjax.bayes.priors import Priors
 from lmmjax.errors import DataError, LmmError, PriorError
 from lmmjax.precision import in_float64
-from lmmjax.tables import check_level
+from lmmjax.tables import check_level, missing_as_nan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,7 +145,7 @@ class Posterior:
         labels.append(("Residual", None, None))
         vcov.append(np.mean(self.values["sigma"] ** 2))
         sdcor.append(self.values["sigma"])
-        left = pd.DataFrame(labels, columns=["group", "term1", "term2"])
+        left = missing_as_nan(pd.DataFrame(labels, columns=["group", "term1", "term2"]))
         right = _summary(np.stack(sdcor, axis=-1), level)
         right.columns = ["sdcor", "sd", "low", "high", "ess", "rhat"]
         return pd.concat([left.assign(vcov=vcov), right], axis=1)
