@@ -1,7 +1,7 @@
 """Unstructured MMRM: 1,000 subjects x 10 visits with missing visits, warm and cold.
 
-    python benchmarks/mmrm.py [subjects] [visits]
-    MMRM_GLS=1 python benchmarks/mmrm.py          # beside nlme::gls of Rscript: many minutes
+    python -m benchmarks.mmrm [subjects] [visits]
+    MMRM_GLS=1 python -m benchmarks.mmrm          # beside nlme::gls of Rscript: many minutes
 
 Published times for a trial of this size: mmrm 3.4 s, glmmTMB 18.7 s, gls 164 s.
 """
@@ -89,9 +89,13 @@ def gls_times(data: pd.DataFrame) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     data = trial(*map(int, sys.argv[1:3]))
-    print("lmmjax", lmmjax_times(data))
+    print(_line("lmmjax", lmmjax_times(data)))
     if os.environ.get("MMRM_GLS") and shutil.which("Rscript"):
-        print("nlme::gls", gls_times(data))
+        print(_line("nlme::gls", gls_times(data)))
+
+
+def _line(name: str, figures: dict[str, float]) -> str:
+    return f"{name}: " + ", ".join(f"{what} {value:.8g}" for what, value in figures.items())
 
 
 if __name__ == "__main__":

@@ -64,14 +64,23 @@ def excess(result: Result, best: float) -> float:
 # -------------------------------------------------------------------------------------------------
 
 
-def machine() -> list[str]:
-    """Where, with what, and how."""
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    versions = ", ".join(f"{lib.name} {lib.version or '(not installed)'}" for lib in LIBRARIES)
+def hardware() -> str:
+    """Processor, memory, system, Python, and what lmmjax stands on."""
     from importlib.metadata import version
 
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     ours = ", ".join(f"{name} {version(name)}" for name in ("jax", "numpy", "scipy"))
+    return (
+        f"Machine: {model[1] if model else platform.processor()}, {os.cpu_count()} cores, "
+        f"{memory:.0f} GB; {platform.system()} {platform.release()}; Python "
+        f"{platform.python_version()}; lmmjax on {ours}."
+    )
+
+
+def machine() -> list[str]:
+    """Where, with what, and how."""
+    versions = ", ".join(f"{lib.name} {lib.version or '(not installed)'}" for lib in LIBRARIES)
     return [
         "# Benchmarks",
         "",
@@ -80,9 +89,7 @@ def machine() -> list[str]:
         f"calls. A library that has not finished all its calls on a problem in {LIMIT:.0f} s is "
         "said to be over that limit; a first call longer than 30 s is not repeated.",
         "",
-        f"Machine: {model[1] if model else platform.processor()}, {os.cpu_count()} cores, "
-        f"{memory:.0f} GB; {platform.system()} {platform.release()}; Python "
-        f"{platform.python_version()}. Versions: {versions}; lmmjax on {ours}. Load average when "
+        f"{hardware()} Versions: {versions}. Load average when "
         f"this page was written: {os.getloadavg()[1]:.1f} (above 1.5 the machine was shared: trust "
         "processor times and ratios of neighbouring rows). All figures are of a CPU: no "
         "accelerator was at hand; that every compiled function lowers for CUDA is tested.",
