@@ -34,6 +34,7 @@ they cancel (Gilmour, Thompson and Cullis 1995); with w_k = E_k T v and Ã_P = �
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +50,9 @@ Derivatives = tuple[jax.Array, jax.Array, jax.Array]
 
 #: entries of a matrix whose products with the rows of a block are unrolled
 SMALL_PRODUCT = 100
+
+#: products summed in a contraction below which it is written out
+TINY = 1000
 
 #: from this many columns of the core on, the optimiser uses the average information
 LARGE_CORE = 150
@@ -318,6 +322,28 @@ def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum(x[:, None] * y[None], axis=2)
 
 
+def _contract(spec: str, *operands: jax.Array) -> jax.Array:
+    """``einsum`` of arrays that are tiny, or not.
+
+    A call of the matrix library costs more than a tiny product itself; those are written as one
+    fused multiply and add.
+    """
+    inputs, out = spec.split("->")
+    sizes = {
+        axis: size
+        for axes, x in zip(inputs.split(","), operands, strict=True)
+        for axis, size in zip(axes, x.shape, strict=True)
+    }
+    order = out + "".join(sorted(set(sizes) - set(out)))
+    if math.prod(sizes.values()) > TINY:
+        return jnp.einsum(spec, *operands)
+    product: Any = 1.0
+    for axes, x in zip(inputs.split(","), operands, strict=True):
+        placed = jnp.transpose(x, sorted(range(x.ndim), key=lambda i: order.index(axes[i])))
+        product = product * placed.reshape([sizes[a] if a in axes else 1 for a in order])
+    return jnp.sum(product, axis=tuple(range(len(out), len(order))))
+
+
 def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
     """Σ over levels of x ⊗ y as one product: (a, b, J), (c, d, J) -> (a, b, c, d)."""
     J = x.shape[-1]
@@ -328,7 +354,7 @@ def _sigmas(layout: Layout, theta: jax.Array, units: Any) -> list[jax.Array]:
     """Σ = ΛΛ' per factor, chain first."""
     lams = lk.factors(layout, theta, units)
     blocks = [lk.factor_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core)]
-    return [b @ b.T for b in blocks]
+    return [_contract("ij,kj->ik", b, b) for b in blocks]
 
 
 def _sigma_derivatives(layout: Layout, theta: jax.Array, units: Any) -> list[jax.Array]:
@@ -372,13 +398,13 @@ def _apply_core(layout: Layout, E: list[jax.Array], x: jax.Array) -> jax.Array:
 
 def _pair(blocks: list[jax.Array], E: list[jax.Array]) -> jax.Array:
     """Σ over factors of tr(block' E_k), (k,)."""
-    terms = [jnp.einsum("ab,kab->k", b, e) for b, e in zip(blocks, E, strict=True)]
+    terms = [_contract("ab,kab->k", b, e) for b, e in zip(blocks, E, strict=True)]
     return jnp.sum(jnp.stack(terms), axis=0)
 
 
 def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
     """Ṡ_k = T'E_k T, (n_theta, p + 1, p + 1)."""
-    chain = jnp.einsum("kab,ambn->kmn", E[0], _outer(k.T, k.T))
+    chain = _contract("kab,ambn->kmn", E[0], _outer(k.T, k.T))
     if not layout.core:
         return chain
     return chain + jnp.einsum("dm,kdn->kmn", k.T_core, _apply_core(layout, E[1:], k.T_core))
@@ -395,7 +421,7 @@ def _traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.
 
 def _double(four: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """Σ four[d, a, b, c] x_k[a, b] y_l[c, d]: Σ tr(F x_k G y_l) where four = Σ F ⊗ G."""
-    return jnp.einsum("dabc,kab,lcd->kl", four, x, y)
+    return _contract("dabc,kab,lcd->kl", four, x, y)
 
 
 def _core_traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
@@ -470,13 +496,14 @@ def _curvature(
 ) -> jax.Array:
     """The Hessian less its term in ∂²Σ."""
     p, S_dot = k.red.p, _s_dot(layout, k, E)
-    S_v = S_dot @ k.v
-    along = S_v @ k.v
-    hessian = _traces(layout, k, E, C) - 2 * ratio * S_v[:, :p] @ k.S_inv @ S_v[:, :p].T
+    S_v = _contract("kmn,n->km", S_dot, k.v)
+    along = _contract("km,m->k", S_v, k.v)
+    shared = _contract("ki,ij,lj->kl", S_v[:, :p], k.S_inv, S_v[:, :p])
+    hessian = _traces(layout, k, E, C) - 2 * ratio * shared
     hessian = hessian - ratio / k.red.r2 * jnp.outer(along, along)
     if reml:
-        MS = jnp.einsum("ij,kjm->kim", k.S_inv, S_dot[:, :p, :p])
-        hessian = hessian - jnp.einsum("kij,lji->kl", MS, MS)
+        MS = _contract("ij,kjm->kim", k.S_inv, S_dot[:, :p, :p])
+        hessian = hessian - _contract("kij,lji->kl", MS, MS)
     return hessian
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmmjax import estimate
+from lmmjax.design import check_identifiable
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
 from lmmjax.fit import Fit
 from lmmjax.inference.hypothesis import check_df, check_information
@@ -19,6 +20,7 @@ from lmmjax.optimize import (
     STATUS,
 )
 from lmmjax.precision import in_float64
+from lmmjax.residual.checks import warn_redundant
 from lmmjax.solution import Solution
 from lmmjax.threads import SMALL, one_blas_thread
 
@@ -85,9 +87,6 @@ def fit_model(
     mesh: Any = None,
 ) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
-    from lmmjax.design import check_identifiable
-    from lmmjax.residual.checks import warn_redundant
-
     check_identifiable(model.design)
     warn_redundant(model.design)
     uncertain = model.is_mixed or model.is_structured
