@@ -86,10 +86,10 @@ def fit_model(
 ) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
     from lmmjax.design import check_identifiable
-    from lmmjax.residual.checks import warn_redundant
+    from lmmjax.residual.checks import warn_redundant, warn_undetermined
 
     check_identifiable(model.design)
-    warn_redundant(model.design)
+    redundant = warn_redundant(model.design)
     uncertain = model.is_mixed or model.is_structured
     default = "satterthwaite" if uncertain else "residual"
     df = default if df is None else check_df(df, method)
@@ -113,6 +113,8 @@ def fit_model(
     if fit.singular:
         words = "; ".join(boundary(model, fit._theta_s))
         warnings.warn("singular fit: " + words, SingularFitWarning, stacklevel=4)
+    if fit.converged and model.is_structured and not redundant:
+        warn_undetermined(fit)
     return fit
 
 
