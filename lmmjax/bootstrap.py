@@ -327,7 +327,7 @@ def _transformed(
 
 
 def _structure(model: Any) -> _Structure:
-    places = tuple(tuple(components._places(len(t.names), t.cov)) for t in model.design.terms)
+    places = tuple(tuple(components.places(len(t.names), t.cov)) for t in model.design.terms)
     units = tuple(tuple(map(tuple, B.tolist())) for B in model._units.B)
     return _Structure(places, units)
 

@@ -23,13 +23,25 @@ def add_parser(commands: Any, command: Callable[..., argparse.ArgumentParser]) -
 
 
 def _test(options: argparse.Namespace, heard: Any) -> int:
-    from lmmjax.cli import DONE, _model, to_json
+    from lmmjax.cli import DONE, NOT_CONVERGED, _model, _tell, to_json
+    from lmmjax.errors import ComparisonError
     from lmmjax.inference.lrt import lrt
+    from lmmjax.inference.nesting import same_span
 
     criterion = "REML" if options.reml else "ML"
     small = _model(options).fit(criterion)
     options.formula = options.big
     big = _model(options).fit(criterion)
+    for fit in (small, big):
+        if not fit.converged:
+            _tell(f"{fit.model.formula}: {fit.message}")
+            return NOT_CONVERGED
+    X = [getattr(fit.model.design, "X", None) for fit in (small, big)]
+    if options.reml and X[0] is not None and X[1] is not None and not same_span(X[0], X[1]):
+        raise ComparisonError(
+            "found restricted likelihoods of different fixed parts, which are likelihoods of "
+            "different data; expected equal fixed parts. Leave out --reml."
+        )
     result = lrt(small, big, options.method, n=options.draws, seed=options.seed)
     print(to_json(lrt_record(result, criterion)) if options.json else result)
     return DONE

@@ -26,7 +26,7 @@ def names(terms: Any) -> list[str]:
     """
     out = []
     for t in terms:
-        for i, j in _places(len(t.names), t.cov):
+        for i, j in places(len(t.names), t.cov):
             kind = f"sd_{t.names[i]}" if i == j else f"cor_{t.names[i]}.{t.names[j]}"
             out.append(f"{kind}|{t.group}")
     return [*out, "sigma"]
@@ -48,7 +48,7 @@ def values(terms: Any, covs: Any, sigma: Any) -> np.ndarray:
     out = []
     for t, cov in zip(terms, covs, strict=True):
         sd = np.sqrt(np.maximum(np.diagonal(cov, axis1=-2, axis2=-1), 0.0))
-        for i, j in _places(len(t.names), t.cov):
+        for i, j in places(len(t.names), t.cov):
             if i == j:
                 out.append(sd[..., i])
                 continue
@@ -57,7 +57,8 @@ def values(terms: Any, covs: Any, sigma: Any) -> np.ndarray:
     return np.stack([*out, np.broadcast_to(sigma, np.shape(sigma))], axis=-1)
 
 
-def _places(S: int, kind: str) -> list[tuple[int, int]]:
+def places(S: int, kind: str) -> list[tuple[int, int]]:
+    """Row and column of each component of a term, in the order of :func:`names`."""
     every = [(i, j) for j in range(S) for i in range(j, S)]
     return every if kind in CORRELATED else [(i, j) for i, j in every if i == j]
 

@@ -464,8 +464,9 @@ class Fit(InferenceMethods):
         interval : {"confidence", "prediction"}, optional
             Given: a frame ``estimate std_error low high``. The standard error carries the
             uncertainty of β (and of b, for conditional predictions) given θ; a prediction
-            interval adds the variance of what is not conditioned on. t quantiles on n - p df for
-            linear models, normal quantiles otherwise.
+            interval adds the variance of what is not conditioned on: that of a training row is
+            σ²/w with its weight w, new rows have weight 1. t quantiles on n - p df for linear
+            models, normal quantiles otherwise.
         new_levels : {"raise", "population"}
             What to do with levels that were not in the training data: an error, or effects of 0
             (with their full variance in an interval).

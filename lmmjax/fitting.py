@@ -20,7 +20,7 @@ from lmmjax.optimize import (
     STATUS,
 )
 from lmmjax.precision import in_float64
-from lmmjax.residual.checks import warn_redundant
+from lmmjax.residual.checks import warn_redundant, warn_undetermined
 from lmmjax.solution import Solution
 from lmmjax.threads import SMALL, one_blas_thread
 
@@ -88,7 +88,7 @@ def fit_model(
 ) -> Fit:
     """Fit ``model``; see :meth:`lmmjax.Model.fit`."""
     check_identifiable(model.design)
-    warn_redundant(model.design)
+    redundant = warn_redundant(model.design)
     uncertain = model.is_mixed or model.is_structured
     default = "satterthwaite" if uncertain else "residual"
     df = default if df is None else check_df(df, method)
@@ -112,6 +112,8 @@ def fit_model(
     if fit.singular:
         words = "; ".join(boundary(model, fit._theta_s))
         warnings.warn("singular fit: " + words, SingularFitWarning, stacklevel=4)
+    if fit.converged and model.is_structured and not redundant:
+        warn_undetermined(fit)
     return fit
 
 

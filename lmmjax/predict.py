@@ -113,14 +113,14 @@ def _known(model: Model, newdata: Any, kind: str, phi: np.ndarray) -> list[Known
 
 def _residual_sd(model: Model, newdata: Any, phi: np.ndarray) -> np.ndarray | float:
     """Residual SD of each row relative to σ; new rows have weight 1. ``phi`` (..., n_phi)."""
-    residual = model.design.residual
-    if residual is None:
-        return 1.0
     from lmmjax.residual.covariance import relative_sd
     from lmmjax.residual.new import encode
 
+    residual = model.design.residual
     if newdata is None:
-        return relative_sd(residual, phi, np.ones(model.n_obs))
+        return relative_sd(residual, phi, model.design.weights)
+    if residual is None:
+        return 1.0
     return encode(model, newdata).sd(residual.structure, phi)
 
 

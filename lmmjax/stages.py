@@ -77,7 +77,8 @@ def two_stage(
     -----
     DataWarning
         Subjects with too few rows for a regression of their own; they have no estimates in stage 1
-        and are left out of stage 2, but not of the one-step model.
+        and are left out of stage 2, but not of the one-step model. Subjects with as many rows as
+        coefficients, whose estimates have no standard errors.
 
     Examples
     --------
@@ -169,7 +170,7 @@ class TwoStage:
         Z, y = self._design1.X, self._design1.y - self._design1.offset
         k = Z.shape[1]
         estimates, se, unscaled = np.full((3, len(levels), k), np.nan)
-        few = []
+        few, exact = [], []
         for j in range(len(levels)):
             rows = codes == j
             if np.linalg.matrix_rank(Z[rows]) < k:
@@ -181,6 +182,17 @@ class TwoStage:
             if left:
                 rss = np.sum((y[rows] - Z[rows] @ estimates[j]) ** 2)
                 se[j] = np.sqrt(rss / left * unscaled[j])
+            else:
+                exact.append(str(levels[j]))
+        if exact:
+            warnings.warn(
+                f"{len(exact)} of {len(levels)} subjects have {k} rows for {k} coefficients "
+                f"({', '.join(exact[:5])}{' ...' if len(exact) > 5 else ''}): their estimates "
+                "reproduce the rows and have no standard errors, yet enter stage 2 with the weight "
+                "of the others. The one-step model weighs them by what they tell.",
+                DataWarning,
+                stacklevel=3,
+            )
         if few:
             warnings.warn(
                 f"{len(few)} of {len(levels)} subjects have too few distinct rows for a regression "

@@ -316,6 +316,9 @@ def test_command_line(capsys: Any, monkeypatch: Any) -> None:
     assert "mixture 0.5 chi2(0)" in capsys.readouterr().out
     assert cli.main([*call[:2], call[3], call[2]]) == 2
     assert "not nested" in capsys.readouterr().err
+    fixed = ["test", "sleepstudy", "Reaction ~ 1", "Reaction ~ Days", "--reml"]
+    assert cli.main(fixed) == 2
+    assert "Leave out --reml" in capsys.readouterr().err
 
 
 def test_residual_structure_is_tested_by_chi_squared() -> None:
@@ -326,6 +329,9 @@ def test_residual_structure_is_tested_by_chi_squared() -> None:
     assert result.df == 1
     assert result.statistic == pytest.approx(2 * (big.loglik - small.loglik))
     assert list(result.table.index) == ["Reaction ~ Days", "Reaction ~ Days, ar1(Days | Subject)"]
+    assert "conservative" not in result.note  # no correlation is an inner point of ar1
+    decay = lmm.Model("Reaction ~ Days", data, residual="car1(Days | Subject)").fit()
+    assert "conservative: the null has car1 at an end" in lmm.lrt(small, decay).note
     refused(small, big, "residual structure", method="mixture")
     refused(small, big, "residual structure", method="exact")
     refused(big, slopes()[1], "residual structures")

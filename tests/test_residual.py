@@ -281,6 +281,11 @@ def test_errors_point_at_the_place(text: str, message: str, at: int) -> None:
     assert str(caught.value).splitlines()[-1] == " " * (4 + at) + "^"
 
 
+def test_an_empty_structure_is_refused(frame: pd.DataFrame) -> None:
+    with pytest.raises(lmm.FormulaError, match="found an empty residual="):
+        lmm.Model("y ~ 1", frame, residual=" ")
+
+
 def test_data_that_do_not_fit_are_refused(frame: pd.DataFrame) -> None:
     def model(residual: str, data: pd.DataFrame = frame) -> lmm.Model:
         return lmm.Model("y ~ x", data, residual=residual)
@@ -359,6 +364,14 @@ def test_prediction_interval_has_the_variance_of_the_row() -> None:
     np.testing.assert_allclose(table["std_error"], expected, rtol=1e-10)
     with pytest.raises(lmm.DataError, match="expected newdata and a model with a residual"):
         fit.predict(kind="next")
+
+
+def test_prediction_interval_of_a_training_row_has_its_weight() -> None:
+    data = lmm.load_dataset("Dyestuff")
+    w = np.linspace(0.5, 2, len(data))
+    fit = lmm.Model("Yield ~ 1 + (1 | Batch)", data, weights=w).fit()
+    known, full = (fit.predict(interval=i)["std_error"] for i in ("confidence", "prediction"))
+    np.testing.assert_allclose(full**2 - known**2, fit.sigma**2 / w, rtol=1e-10)
 
 
 def test_normalised_residuals_are_white(sleep_fit: lmm.Fit) -> None:

@@ -117,6 +117,15 @@ def test_few_rows_warn_and_stay_in_the_one_step_model(weights: pd.DataFrame) -> 
     assert two.model().groups == {"patient": 100}
 
 
+def test_subjects_without_residual_df_are_named(weights: pd.DataFrame) -> None:
+    cut = weights[(weights["patient"] != "P003") | (weights["month"] <= weights["month"].min())]
+    two = pd.concat([cut, weights[weights["patient"] == "P003"].iloc[1:2]])
+    stated = lmm.two_stage("weight ~ month", by="patient", data=two)
+    with pytest.warns(lmm.DataWarning, match=r"1 of 100 subjects have 2 rows .*P003"):
+        se = stated.stage1_se()
+    assert se.loc["P003"].isna().all()
+
+
 def test_missing_values_and_other_tables(weights: pd.DataFrame) -> None:
     gaps = weights.assign(weight=weights["weight"].where(weights.index != 5))
     two = lmm.two_stage("weight ~ month", by="patient", level2="~ group", data=gaps)

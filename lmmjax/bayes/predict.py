@@ -55,7 +55,9 @@ def predict(
         if shift is not None:
             y += shift[:, rows]
         if interval == "prediction":
-            sd = posterior._flat("sigma")[:, None] * (left if np.ndim(left) == 0 else left[:, rows])
+            sd = posterior._flat("sigma")[:, None] * (
+                left if np.ndim(left) == 0 else left[..., rows]
+            )
             y += sd * rng.standard_normal(y.shape)
         out[rows] = _summary(y, level)
     # the mean has no noise from drawing what is not conditioned on

@@ -15,7 +15,8 @@ JOINT = ("dunnett", "mvt")
 
 
 def check(adjust: str) -> str:
-    """Refuse an unknown adjustment."""
+    """The adjustment under its own name; refuse an unknown one ("fdr" is R's other name of bh)."""
+    adjust = "bh" if adjust == "fdr" else adjust
     if adjust not in METHODS:
         raise LmmError(f"adjust={adjust!r} is unknown; expected one of {', '.join(METHODS)}.")
     return adjust

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lmmjax.determined import delta_variance
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.inference.linear import tangent
 from lmmjax.inference.variances import observed_information
-from lmmjax.residual.intervals import tests
+from lmmjax.residual.intervals import UNDETERMINED, tests
 from lmmjax.tables import missing_as_nan
 
 if TYPE_CHECKING:
@@ -48,14 +49,16 @@ def wald(fit: Fit) -> pd.DataFrame:
 
     parts = components(fit)
     J = np.array([c.row for c in parts])
-    se = np.sqrt(np.maximum(np.diag(J @ parameter_covariance(fit) @ J.T), 0.0))
+    T = kr.to_sigma2(fit._variance_tables[1].along)
+    se = np.sqrt(np.maximum(delta_variance(J @ T, observed_information(fit)), 0.0))
     estimate = np.array([c.value for c in parts])
-    void = np.array([c.caveat == BOUNDARY for c in parts]) | (se == 0)
+    unknown = np.isinf(se)
+    void = np.array([c.caveat == BOUNDARY for c in parts]) | (se == 0) | unknown
     z = np.where(void, np.nan, estimate / np.where(se > 0, se, 1.0))
     two_sided = np.array([c.term2 is not None for c in parts])
     p = np.where(two_sided, 2 * stats.norm.sf(np.abs(z)), stats.norm.sf(z))
     frame = pd.DataFrame([c[:3] for c in parts], columns=["group", "term1", "term2"])
-    caveat = [c.caveat for c in parts]
+    caveat = [UNDETERMINED if u else c.caveat for c, u in zip(parts, unknown, strict=True)]
     frame = frame.assign(estimate=estimate, std_error=se, statistic=z, p_value=p, caveat=caveat)
     if not fit.model.is_structured:
         return missing_as_nan(frame)

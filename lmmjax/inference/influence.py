@@ -102,8 +102,9 @@ class Influence:
         Parameters
         ----------
         group : str or array (n_obs,), optional
-            A grouping factor, a column of the fixed part, or a label for each row used. May be left
-            out where the model has one grouping factor.
+            A grouping factor, the subject of the residual structure, a column of the fixed part, or
+            a label for each row used. May be left out where the model has one grouping factor, or
+            none beside the residual subject.
 
         Returns
         -------
@@ -185,10 +186,15 @@ class Influence:
 
         deletion.check(self.fit)
         design, name = self.fit.model.design, group
-        terms = {t.group: t for t in design.terms}
+        terms, residual = {t.group: t for t in design.terms}, design.residual
+        subject = residual.subject_name if residual is not None and residual.correlated else None
+        if group is None and not terms and subject:
+            name = group = subject
         if group is None or (isinstance(group, str) and group in terms):
             name, levels, _ = self.fit._group(group)
             return pd.Index(levels, name=name), terms[name].codes
+        if residual is not None and isinstance(group, str) and group == subject:
+            return pd.Index(residual.subjects, name=name), residual.subject
         if isinstance(group, str) and group not in design.columns:
             raise DataError(
                 f"group={group!r} is neither a grouping factor nor a column of the fixed part; "

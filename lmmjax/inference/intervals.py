@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import components
+from lmmjax.determined import delta_variance
 from lmmjax.errors import LmmError
+from lmmjax.optimize import SINGULAR_TOLERANCE
 from lmmjax.precision import in_float64
 from lmmjax.tables import check_level
 
@@ -98,7 +100,10 @@ def estimates(fit: Fit) -> np.ndarray:
 
 
 def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
-    """Wald intervals of all parameters; NaN for components of a singular fit."""
+    """Wald intervals of all parameters; NaN for SDs of 0 and correlations of 1 or -1.
+
+    The rest of a singular fit has the intervals of the model on the active face.
+    """
     from scipy import stats
 
     value, se = _unbounded(fit)
@@ -106,7 +111,8 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
     is_cor = np.array([n.startswith("cor_") for n in components.names(fit.model.design.terms)])
 
     def back(x: np.ndarray) -> np.ndarray:
-        return np.where(is_cor, np.tanh(x), np.exp(np.where(is_cor, 0.0, x)))
+        with np.errstate(over="ignore"):
+            return np.where(is_cor, np.tanh(x), np.exp(np.where(is_cor, 0.0, x)))
 
     table = fit.coef_table(df, level)
     residual = fit.residual_intervals(level)
@@ -119,21 +125,47 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
 @in_float64
 def _unbounded(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """log SDs, Fisher's z and log σ, with standard errors (NaN at a boundary)."""
-
-    model, layout = fit.model, fit.model._plan.layout
+    model = fit.model
     nu = fit.n_obs - (len(fit._beta) if fit.method == "REML" else 0)
     value, slope, direct = _components(fit)
-    K = layout.n_theta
-    spread = 2.0 * np.linalg.pinv(fit._hessian_s, hermitian=True)
-    if fit.singular:  # σ alone has an interval: its slope along θ is 0 at an optimum's face
-        spread[:K] = spread[:, :K] = 0.0
-    se = np.sqrt(np.einsum("ki,ij,kj->k", slope, spread, slope) + direct**2 * 2.0 / nu)
-    if fit.singular:
-        value[:-1] = se[:-1] = np.nan
+    inner = np.append(~_at_boundary(fit), True)
+    value[~inner], slope[~inner], direct[~inner] = np.nan, 0.0, 0.0
+    # a relative SD of 0 is a stationary point by symmetry: it drops out of all other slopes
+    kept = np.append(_moving(fit), np.ones(len(fit.phi), bool))
+    spread = delta_variance(slope[:, kept], fit._hessian_s[np.ix_(kept, kept)])
+    se = np.sqrt(2.0 * spread + direct**2 * 2.0 / nu)
+    se[~inner] = np.nan
     is_log = [not c.startswith("cor_") for c in components.names(model.design.terms)]
     value = value + float(np.log(model._units.scale)) * np.array(is_log)
     value[-1] = np.log(fit.sigma)
     return value, se
+
+
+def _moving(fit: Fit) -> np.ndarray:
+    """Which of θ are not relative SDs at 0."""
+    from lmmjax.fitting import _diagonal
+
+    out = np.ones(len(fit._theta_s), bool)
+    at = _diagonal(fit.model)
+    out[at] = np.abs(fit._theta_s[at]) >= SINGULAR_TOLERANCE
+    return out
+
+
+def _at_boundary(fit: Fit) -> np.ndarray:
+    """Which SDs are 0, which correlations 1, -1 or beside an SD of 0."""
+    model = fit.model
+    out = []
+    for term, lam, B in zip(
+        model.design.terms, model._factors(fit._theta_s), model._units.B, strict=True
+    ):
+        moved = B @ lam
+        sd = np.sqrt(np.sum(moved**2, axis=1))
+        zero = sd < SINGULAR_TOLERANCE * np.abs(np.diag(B))
+        unit = moved / np.where(zero, 1.0, sd)[:, None]
+        one = (np.abs(unit @ unit.T) > 1 - SINGULAR_TOLERANCE**2) | zero[:, None] | zero
+        np.fill_diagonal(one, zero)
+        out += [one[i, j] for i, j in components.places(len(term.names), term.cov)]
+    return np.array(out, bool)
 
 
 def _components(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -172,7 +172,25 @@ def _chi2(two: Pair, statistic: float, n: int, seed: int) -> Judged:
     note = f"chi-squared with {df} df"
     if len(two.big.theta) > len(two.small.theta):
         note += " (conservative if variances under test are 0 under the null: see method='mixture')"
+    ends = _ends_under_test(two)
+    if ends:
+        note += f" (conservative: the null has {ends} at an end of the range: see 'bootstrap')"
     return float(stats.chi2.sf(statistic, df)), 0.0, {"note": note}
+
+
+def _ends_under_test(two: Pair) -> str:
+    """Residual parameters of the larger model whose null value is an end of their range."""
+    small, big = (
+        None if f.model.design.residual is None else f.model.design.residual.spec.correlation
+        for f in (two.small, two.big)
+    )
+    if big is None:
+        return ""
+    decay = big.family == "car1" or big.family.startswith("sp")
+    names = [big.name] if decay and small is None else []
+    if big.nugget and not (small is not None and small.nugget):
+        names.append("the nugget")
+    return " and ".join(names)
 
 
 def _mixture(two: Pair, statistic: float, n: int, seed: int) -> Judged:

@@ -124,12 +124,16 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         Returns
         -------
         DataFrame
-            Columns ``estimate std_error df statistic p_value ci_low ci_high``.
+            Columns ``estimate std_error df statistic p_value ci_low ci_high``; ``attrs["note"]``
+            where another method stands in: residual for containment without grouping factors.
         """
         fit = self._fit
         p, names = len(fit._beta), list(fit.model.design.x_names)
         m = self._method(df, information, second_order, vcov, group, correction)
-        return hypothesis.t_table(m, np.eye(p), np.zeros(p), names, level)
+        table = hypothesis.t_table(m, np.eye(p), np.zeros(p), names, level)
+        if df == "containment" and m.name == "residual":
+            table.attrs["note"] = "containment without grouping factors: as residual"
+        return table
 
     def _method(
         self,
@@ -271,7 +275,8 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         ----------
         type : {1, 2, 3}
             Sequential; adjusted for all terms that do not contain the term; marginal, as with
-            sum-to-zero coding whatever the contrasts in use.
+            sum-to-zero coding whatever the contrasts in use. F is free of the coding;
+            Satterthwaite's ``den_df`` of several numerator df may depend on it slightly.
         df, information, second_order
             See the class and :meth:`vcov`.
         vcov, group, correction
@@ -406,7 +411,7 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         method : {"pairwise", "trt.vs.ctrl", "control", "poly"} or dict
             All pairs; each level against the first (two names); orthogonal polynomials with whole
             coefficients; or ``{"label": weights}``.
-        adjust : {"tukey", "dunnett", "mvt", "holm", "bonferroni", "bh", "none"}, optional
+        adjust : {"tukey", "dunnett", "mvt", "holm", "bonferroni", "bh" or "fdr", "none"}, optional
             Within each family. Default: Tukey for pairs, Holm against a control, else none. "mvt"
             is the single-step adjustment of any family by its multivariate t distribution (exact
             but for integration: its error is in ``attrs["mc_se"]``); "dunnett" the same for

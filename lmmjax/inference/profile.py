@@ -228,7 +228,7 @@ class Profiler:
             return self._residual(name)
         terms = self.fit.model.design.terms
         for k, term in enumerate(terms):
-            for i, j in components._places(len(term.names), term.cov):
+            for i, j in components.places(len(term.names), term.cov):
                 if components.names([term])[_position(term, i, j)] == name:
                     return self._sd(k, i, name) if i == j else self._cor(k, i, j, name)
         raise LmmError(f"{name!r} is not a variance parameter of {self.fit.model.formula}.")
@@ -393,7 +393,7 @@ class Profiler:
 
 
 def _position(term: Any, i: int, j: int) -> int:
-    return components._places(len(term.names), term.cov).index((i, j))
+    return components.places(len(term.names), term.cov).index((i, j))
 
 
 def _away(theta: np.ndarray, structure: Any) -> np.ndarray:

@@ -80,10 +80,9 @@ def _row(of: pd.Series, note: str = "") -> Row:
 def _wald(fit: Fit, name: str, level: float, df: str, options: dict[str, Any]) -> Row:
     if fit.model.is_linear and df not in ("wald", "residual"):
         raise LmmError("a linear model has n - p degrees of freedom by every method: see residual.")
-    if df == "containment" and not fit.model.is_mixed:
-        raise LmmError("containment needs grouping factors; found none.")
     used = hypothesis.method(fit, df, **options).name
-    note = "" if used == df else f"as {used}"
+    alone = ", without grouping factors" if df == "containment" else ""
+    note = "" if used == df else f"as {used}{alone}"
     return _row(fit.coef_table(df, level, **options).loc[name], note)
 
 

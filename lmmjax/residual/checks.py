@@ -21,24 +21,50 @@ if TYPE_CHECKING:
     from lmmjax.residual.frame import Residuals
 
 
-def warn_redundant(design: Design) -> None:
+def warn_redundant(design: Design) -> bool:
     """Warn where random effects of the residual subjects are part of the residual structure.
 
-    cs and toep contain the covariance of a random intercept, un that of any random effects: only
-    their sum is identified.
+    cs and toep with equal variances contain the covariance of a random intercept, un with a
+    variance per position that of any random effects: only the sum is identified. Random effects
+    that span a constant count as an intercept, whatever their columns are called.
+
+    Returns
+    -------
+    bool
+        Whether a warning was given.
     """
-    r = design.residual
+    r, found = design.residual, False
     if r is None or r.structure.family is None:
-        return
-    family, variances = r.structure.family, r.structure.variances
+        return found
+    family, equal = r.structure.family, r.structure.variances.n_phi == 0
+    any_effects = isinstance(family, Unstructured) and _position_variances(r)
+    intercept = equal and isinstance(family, CompoundSymmetry | Toeplitz | Unstructured)
     for term in design.terms:
         if not _same_groups(term.codes, r.subject):
             continue
-        equal = variances.n_phi == 0 and "(Intercept)" in term.names
-        if isinstance(family, Unstructured) or (
-            equal and isinstance(family, CompoundSymmetry | Toeplitz)
-        ):
-            _warn(term, r.spec.text)
+        if any_effects or (intercept and _has_constant(term)):
+            _warn(term, r.spec.text, any_effects or len(term.names) == 1)
+            found = True
+    return found
+
+
+def _position_variances(r: Residuals) -> bool:
+    """Whether every position has a variance of its own."""
+    return r.spec.correlation is not None and r.spec.correlation.heterogeneous
+
+
+def _has_constant(term: Term) -> bool:
+    """Whether the term's covariances, of its kind, include c 11'.
+
+    Of an unrestricted covariance matrix they do where the columns span a constant; of independent
+    effects where a column is constant.
+    """
+    one = np.ones(len(term.z))
+    if term.cov != "us":
+        constant = np.all(term.z == term.z[:1], axis=0) & (term.z[0] != 0)
+        return bool(np.any(constant))
+    left = one - term.z @ np.linalg.lstsq(term.z, one, rcond=None)[0]
+    return bool(np.max(np.abs(left)) < 1e-7)
 
 
 def _same_groups(a: np.ndarray, b: np.ndarray) -> bool:
@@ -47,14 +73,46 @@ def _same_groups(a: np.ndarray, b: np.ndarray) -> bool:
     return len(pairs) == len(np.unique(a)) == len(np.unique(b))
 
 
-def _warn(term: Term, text: str) -> None:
+def _warn(term: Term, text: str, whole: bool) -> None:
+    name = f"({', '.join(term.names)} | {term.group})"
+    what = f"the covariance of {name}" if whole else f"that of a constant effect, a part of {name}"
     warnings.warn(
-        f"{text} contains the covariance of ({', '.join(term.names)} | {term.group}): only the sum "
-        "of the two is identified, not each of them. Leave one of them out; the fixed effects and "
-        "the likelihood do not suffer.",
+        f"{text} contains {what}: only the sum of the two is identified, not each of them. Leave "
+        "one of them out; the fixed effects and the likelihood do not suffer.",
         ResidualWarning,
         stacklevel=5,
     )
+
+
+def warn_undetermined(fit: Fit) -> None:
+    """Warn of residual parameters along which the criterion is flat at the optimum."""
+    from lmmjax.residual.intervals import undetermined
+
+    names, r = undetermined(fit), fit.model.design.residual
+    if not names or r is None:
+        return
+    apart = never_met(r)
+    pairs = ", ".join(f"{a} and {b}" for a, b in apart[:5]) + (" ..." if len(apart) > 5 else "")
+    reason = f" No {r.subject_name} has rows at both of the positions {pairs}." if apart else ""
+    warnings.warn(
+        f"the data do not determine {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} of "
+        f"{r.spec.text}: the likelihood is the same for other values, and their standard errors "
+        f"are infinite.{reason} Use a structure with fewer parameters, or leave out effects that "
+        "take its place; the likelihood does not suffer.",
+        ResidualWarning,
+        stacklevel=5,
+    )
+
+
+def never_met(r: Residuals) -> list[tuple[str, str]]:
+    """Pairs of positions of an unstructured correlation that no subject has both of."""
+    if not isinstance(r.structure.family, Unstructured):
+        return []
+    labels, place = r.structure.family.labels, r.pos[:, 0].astype(int)
+    seen = np.zeros((int(r.subject.max()) + 1, len(labels)))
+    seen[r.subject, place] = 1.0
+    apart = np.argwhere(np.triu(seen.T @ seen == 0, 1))
+    return [(labels[i], labels[j]) for i, j in apart]
 
 
 #: correlations whose members are members of others too, on the same subjects and positions

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax.precision import in_float64
+from lmmjax.determined import delta_variance, flat_directions
+from lmmjax.precision import float64, in_float64
 from lmmjax.residual.structures import ARMA, CompoundSymmetry
 from lmmjax.tables import check_level
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lmmjax.fit import Fit
+
+UNDETERMINED = "no test: the data do not determine this parameter"
 
 
 @in_float64
@@ -42,8 +45,8 @@ def wald(fit: Fit, level: float = 0.95) -> pd.DataFrame:
 
     Notes
     -----
-    At a boundary of θ the Hessian is that of the active face only as far as it is regular:
-    directions that the criterion does not determine give infinite intervals.
+    Parameters that move along a direction in (θ, φ) which the criterion does not determine have
+    infinite standard errors, and intervals as wide as their range.
     """
     import pandas as pd
     from scipy import stats
@@ -57,7 +60,7 @@ def wald(fit: Fit, level: float = 0.95) -> pd.DataFrame:
         np.asarray(structure.natural(phi)),
         np.asarray(jax.jacfwd(structure.natural)(phi)),
     )
-    se = np.sqrt(np.einsum("ik,kl,il->i", slope, _covariance(fit), slope))
+    se = np.sqrt(2 * delta_variance(_joint(fit, slope), fit._hessian_s))
     half = stats.norm.ppf(0.5 + check_level(level) / 2) * se
     low, high = np.empty((2, len(names)))
     least = _least(residual.structure.family)
@@ -67,12 +70,24 @@ def wald(fit: Fit, level: float = 0.95) -> pd.DataFrame:
     return pd.DataFrame(table, index=names, columns=columns)
 
 
-def _covariance(fit: Fit) -> np.ndarray:
-    """Cov(φ̂), its part of twice the inverse Hessian in (θ, φ)."""
-    e, Q = np.linalg.eigh(fit._hessian_s)
-    known = e > 1e-8 * max(1.0, float(np.max(e)))
-    inverse = (Q[:, known] / e[known]) @ Q[:, known].T
-    return 2 * inverse[len(fit._theta_s) :, len(fit._theta_s) :]
+def _joint(fit: Fit, slope: np.ndarray) -> np.ndarray:
+    """Slopes in φ as slopes in (θ, φ)."""
+    return np.concatenate([np.zeros((len(slope), len(fit._theta_s))), slope], axis=1)
+
+
+def undetermined(fit: Fit) -> list[str]:
+    """Residual parameters that the criterion does not determine at the optimum.
+
+    Those that have run into an end of their range, where φ is flat too, are none of them.
+    """
+    residual, flat = fit.model.design.residual, flat_directions(fit._hessian_s)
+    if residual is None or flat.shape[1] == 0:
+        return []
+    with float64():
+        slope = np.asarray(jax.jacfwd(residual.structure.natural)(jnp.asarray(fit.phi)))
+    unknown = np.isinf(delta_variance(_joint(fit, slope), fit._hessian_s))
+    moves = np.max(np.abs(slope), axis=1) > 1e-5
+    return [n for n, u in zip(fit.model.phi_names, unknown & moves, strict=True) if u]
 
 
 def _chart(name: str, fit: Fit) -> str:
@@ -95,7 +110,8 @@ def tests(fit: Fit) -> pd.DataFrame:
     -------
     DataFrame
         Index ``Model.phi_names``; ``estimate std_error statistic p_value caveat``. Statistic and p
-        are NaN where the null hypothesis lies at the end of the parameter's range, or is none.
+        are NaN where the null hypothesis lies at the end of the parameter's range, or is none, and
+        where the data do not determine the parameter.
     """
     from scipy import stats
 
@@ -112,6 +128,8 @@ def tests(fit: Fit) -> pd.DataFrame:
 
 def _test(chart: str, name: str, value: float, se: float, least: float) -> tuple[float, str]:
     """z and what it tests."""
+    if np.isinf(se):
+        return np.nan, UNDETERMINED
     if chart == "logit" or name.startswith("range"):
         return np.nan, "no test: its null value is the end of its range; see confint"
     if chart == "identity":
@@ -161,7 +179,8 @@ def _back(chart: str, value: float, half: float, least: float) -> tuple[float, f
         return least + width * low, least + width * high
     if chart == "logit":
         z, h = np.log(value / (1 - value)), half / (value * (1 - value))
-        return 1 / (1 + np.exp(h - z)), 1 / (1 + np.exp(-h - z))
+        with np.errstate(over="ignore"):
+            return 1 / (1 + np.exp(h - z)), 1 / (1 + np.exp(-h - z))
     inside = min(max(value, -1 + 1e-12), 1 - 1e-12)  # φ and θ of higher orders may leave (-1, 1)
     if abs(value) >= 1:
         return value - half, value + half

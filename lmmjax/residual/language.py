@@ -155,6 +155,8 @@ def parse_residual(text: Any) -> ResidualSpec:
     """
     if not isinstance(text, str):
         fail("", 0, f'found {type(text).__name__} as residual=; expected text: "ar1(day | id)".')
+    if not text.strip():
+        fail("", 0, f"found an empty residual=; expected a structure ({_offer()}), or None.")
     correlations, variances = [], []
     plain = _plain_names(text)
     for node in _factors(parse_expr(plain)):
