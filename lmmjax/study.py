@@ -258,9 +258,9 @@ class Study:
     scenarios : sequence of Scenario
     methods : sequence
         Callables ``(scenario, Y) -> DataFrame`` with a ``name``, such as :class:`FitMethod`; the
-        frame has ``replicate parameter`` and some of COLUMNS. A study kept in a folder goes on only
-        with the same methods: judged on their source and the values they use, or on an attribute
-        ``key`` (any text), where they have one.
+        frame has ``replicate parameter estimate`` and any of the other COLUMNS. A study kept in a
+        folder goes on only with the same methods: judged on their source and the values they use,
+        or on an attribute ``key`` (any text), where they have one.
     n_rep : int
         Replicates per scenario; all methods see the same ones.
     seed : int
@@ -345,8 +345,7 @@ class Study:
         if file is not None and file.exists():
             frame = pd.read_parquet(file)
         else:
-            frame = method(scenario, Y())
-            frame = frame.assign(replicate=frame["replicate"].astype(int))
+            frame = _checked(method(scenario, Y()), method)
             if file is not None:
                 partial = file.with_suffix(".partial")
                 frame.to_parquet(partial)
@@ -405,6 +404,19 @@ def _file(scenario: str, method: str, block: int) -> str:
     safe = ["".join(c if c.isalnum() else "-" for c in name)[:40] for name in names]
     key = zlib.crc32("|".join(names).encode())
     return f"{safe[0]}_{safe[1]}_{key:08x}_{block:05d}.parquet"
+
+
+def _checked(frame: Any, method: Any) -> pd.DataFrame:
+    """What a method returned, with all of COLUMNS."""
+    wanted = ["replicate", "parameter", "estimate"]
+    found = list(getattr(frame, "columns", []))
+    if not set(wanted) <= set(found):
+        raise DataError(
+            f"method {method.name!r} returned {type(frame).__name__} with columns {found}; "
+            f"expected a data frame with {wanted} and any of {list(COLUMNS[1:])}."
+        )
+    frame = frame.reindex(columns=[*wanted[:2], *COLUMNS])
+    return frame.assign(replicate=frame["replicate"].astype(int))
 
 
 def _scenario_stamp(scenario: Scenario) -> dict[str, Any]:

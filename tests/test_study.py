@@ -150,6 +150,13 @@ class Mean:
         return pd.DataFrame(frame).reindex(columns=["replicate", "parameter", *COLUMNS])
 
 
+class Nothing:
+    name = "nothing"
+
+    def __call__(self, scenario: Scenario, Y: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame({"replicate": [0]})
+
+
 def own(draw: Any = None, method: Any = None, data: Any = GROUPS) -> lmm.Study:
     scenario = Scenario("own", "~ 1", data, {"m": 0.0}, draw or shifted(0.0))
     return lmm.Study([scenario], [method or Mean()], 10)
@@ -225,9 +232,21 @@ def test_mistakes_are_told() -> None:
         lmm.Study([wrong], [FitMethod("a")], 1)
     with pytest.raises(lmm.DataError, match="no name"):
         lmm.Study([wrong], [lambda scenario, Y: None], 10)
+    with pytest.raises(lmm.DataError, match="expected a data frame with"):
+        own(method=Nothing()).run()
     for seed in (-1, "a", 1.5):
         with pytest.raises(lmm.DataError, match="not a seed"):
             lmm.Study([wrong], [FitMethod("a")], 10, seed)  # type: ignore[arg-type]
+
+
+def test_the_study_of_the_readme() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.split("## A study of your own")[1].split("```python\n")[1].split("```")[0]
+    space: dict[str, Any] = {}
+    exec(code, space)
+    table = space["table"].set_index(["method", "parameter", "measure"])
+    bias = table.loc[[("REML", "x", "bias"), ("slope of means", "x", "bias")], "value"]
+    assert bias.iloc[0] == pytest.approx(bias.iloc[1], abs=1e-6)  # balanced: the same estimate
 
 
 def test_invalid_likelihood_ratio_tests_are_refused() -> None:
