@@ -11,7 +11,6 @@ Importing this package imports nothing heavy: names are loaded when they are fir
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from lmmjax.model import Model
     from lmmjax.precision import enable_cache, float64
     from lmmjax.stages import TwoStage, two_stage
-    from lmmjax.study import Study
+    from lmmjax.study import FitMethod, LRTMethod, Scenario, Study
 
 __version__ = "0.1.0"
 
@@ -56,7 +55,9 @@ __all__ = [
     "DesignError",
     "EstimabilityWarning",
     "Fit",
+    "FitMethod",
     "FormulaError",
+    "LRTMethod",
     "LikelihoodRatio",
     "LmmError",
     "Model",
@@ -64,6 +65,7 @@ __all__ = [
     "PrecisionError",
     "PriorError",
     "ResidualWarning",
+    "Scenario",
     "SingularFitWarning",
     "Study",
     "TwoStage",
@@ -94,6 +96,9 @@ _HOME = {
     "lrt": "inference.lrt",
     "Model": "model",
     "Posterior": "bayes.posterior",
+    "FitMethod": "study",
+    "LRTMethod": "study",
+    "Scenario": "study",
     "Study": "study",
     "TwoStage": "stages",
     "compare": "comparison",
@@ -113,9 +118,6 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}")
-    if name == "Model" and os.environ.get("LMMJAX_CACHE"):
-        # Every computation begins with a model: the first one turns on the cache that was asked for
-        importlib.import_module(f"{__name__}.precision").enable_cache()
     value = home if _HOME.get(name) == name else getattr(home, name)
     globals()[name] = value
     return value

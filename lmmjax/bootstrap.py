@@ -29,7 +29,7 @@ from lmmjax.residual.responses import StructuredResponses
 from lmmjax.residual.source import Source
 from lmmjax.responses import Responses
 from lmmjax.start import moments_of_many
-from lmmjax.tables import check_level
+from lmmjax.tables import check_level, check_seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -343,6 +343,7 @@ def bootstrap(fit: Fit, n: int = 1000, seed: int = 0) -> Bootstrap:
     began = time.perf_counter()
     if not (isinstance(n, int | np.integer) and n >= 1):
         raise DataError(f"n={n!r} is not a number of replicates; expected an integer, 1 or more.")
+    check_seed(seed)
     made = _with_residual(fit) if fit.model.is_structured else _without_rows(fit)
     rng = np.random.default_rng(seed)
     start = _start(fit)
@@ -518,6 +519,7 @@ def null_statistics(small: Fit, big: Fit, n: int = 1000, seed: int = 0) -> NullS
             f"found fits of {small.n_obs} rows by {small.method} and of {big.n_obs} rows by "
             f"{big.method}; expected the same rows and method. Refit one of them."
         )
+    check_seed(seed)
     block, parts = min(256, int(n)), []
     for at in range(0, int(n), block):
         key = int(np.random.SeedSequence((seed, at)).generate_state(1)[0])

@@ -181,22 +181,9 @@ def _compile_lightly(model: Model) -> None:
 
 def use_cache() -> None:
     """Keep compiled programs on disk; a cache of the user's is left alone."""
-    import jax
-
     from lmmjax.precision import enable_cache
 
-    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        return
-    folder = enable_cache()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        # JAX would complain once for every program that it compiles
-        jax.config.update("jax_compilation_cache_dir", None)
-        _tell(f"note: the cache {folder} cannot be written; compiled programs are not kept")
+    enable_cache()
 
 
 def read_table(source: str) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,10 +67,11 @@ def require_float64(name: str) -> None:
         )
 
 
-def enable_cache(path: str | os.PathLike[str] | None = None) -> Path:
+def enable_cache(path: str | os.PathLike[str] | None = None) -> Path | None:
     """Keep compiled programs on disk, so that the next process need not compile them again.
 
     A cache that the user has set before is respected: its folder is returned and nothing changes.
+    Where ``LMMJAX_CACHE`` is set, the library calls this itself before it computes.
 
     Parameters
     ----------
@@ -78,15 +80,42 @@ def enable_cache(path: str | os.PathLike[str] | None = None) -> Path:
 
     Returns
     -------
-    pathlib.Path
-        The folder in use.
+    pathlib.Path or None
+        The folder in use. None if it cannot be written, which a warning says once: programs are
+        then compiled anew.
     """
     already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if already:
         return Path(already)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(path or os.environ.get("LMMJAX_CACHE") or Path(base) / "lmmjax")
+    if not _writable(folder):
+        # JAX would complain once for every program that it compiles
+        _tell_once(folder)
+        return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return folder
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+@functools.cache
+def _tell_once(folder: Path) -> None:
+    warnings.warn(
+        f"the cache {folder} cannot be written; compiled programs are not kept. Set LMMJAX_CACHE "
+        "to a folder that can be written.",
+        stacklevel=3,
+    )
+
+
+# Everything that compiles imports this module first
+if os.environ.get("LMMJAX_CACHE"):
+    enable_cache()

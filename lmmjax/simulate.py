@@ -8,6 +8,7 @@ import numpy as np
 
 from lmmjax.errors import DataError
 from lmmjax.residual.covariance import correlate, relative_sd
+from lmmjax.tables import check_seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +54,7 @@ def simulate(
             f"beta has shape {beta.shape}; expected ({design.p},), one value for each of "
             f"{list(design.x_names)}."
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     mean = design.X @ beta + design.offset
     phi = np.zeros(0) if phi is None else phi
     sd = sigma * relative_sd(design.residual, phi, design.weights)

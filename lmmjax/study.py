@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmmjax.batchfit import BatchFit
-from lmmjax.errors import DataError
+from lmmjax.errors import ComparisonError, DataError, LmmError
 from lmmjax.many import _bar, fit_many
+from lmmjax.stamp import stamp, table_digest
+from lmmjax.tables import check_seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +56,9 @@ class Scenario:
         asked for in the results as ``var_(Intercept)|g`` and ``var_Residual``.
     draw : callable, optional
         ``draw(rng, n) -> (rows, n)`` responses, in place of the formula (then ``truth`` only states
-        what estimates are compared with).
+        what estimates are compared with). A study kept in a folder goes on only with the same
+        ``draw``: judged on its source and the values it uses, or on its attribute ``key`` (any
+        text), where it has one.
     """
 
     name: str
@@ -180,11 +184,18 @@ class LRTMethod:
     Parameters
     ----------
     name, small, big : str
-        ``small`` and ``big`` are formulas.
+        ``small`` and ``big`` are formulas; under REML with fixed parts of the same columns.
     reference : {"chi2", "mixture"}
         χ²(df); or ½χ²(df - 1) + ½χ²(df), right for one variance beside an interior null.
     df : int
     method : {"REML", "ML"}
+
+    Raises
+    ------
+    LmmError
+        An unknown reference or method, or ``df`` below 1.
+    ComparisonError
+        When called: REML with different fixed parts.
     """
 
     name: str
@@ -194,11 +205,37 @@ class LRTMethod:
     df: int = 1
     method: str = "REML"
 
+    def __post_init__(self) -> None:
+        for what, found, known in (
+            ("reference", self.reference, ("chi2", "mixture")),
+            ("method", str(self.method).upper(), ("REML", "ML")),
+        ):
+            if found not in known:
+                raise LmmError(f"{what}={found!r} is unknown; expected {' or '.join(known)}.")
+        if self.df < 1:
+            raise LmmError(f"df={self.df}; expected 1 or more.")
+
+    def _check_fixed(self, data: Any) -> None:
+        """Refuse REML fits of different fixed parts: their criteria are of different data."""
+        from lmmjax.many import _Shared
+
+        if self.method.upper() == "ML":
+            return
+        formulas = (self.small, self.big)
+        built = [_Shared.build(f, data, None, None, None, None, "raise").design for f in formulas]
+        if not np.array_equal(built[0].X, built[1].X):
+            raise ComparisonError(
+                f"found fixed parts {built[0].x_names} and {built[1].x_names} under REML in method "
+                f"{self.name!r}, whose criteria are not comparable; expected the same columns of "
+                'X. Use method="ML".'
+            )
+
     def __call__(self, scenario: Scenario, Y: np.ndarray) -> pd.DataFrame:
         """Long frame with the parameter ``lrt``: the statistic as estimate, and its p-value."""
         import pandas as pd
         from scipy import stats
 
+        self._check_fixed(scenario.data)
         small = fit_many(self.small, scenario.data, Y, method=self.method)
         big = fit_many(self.big, scenario.data, Y, method=self.method)
         statistic = 2 * (big.loglik - small.loglik).to_numpy()
@@ -220,7 +257,10 @@ class Study:
     ----------
     scenarios : sequence of Scenario
     methods : sequence
-        Callables ``(scenario, Y) -> DataFrame`` with a ``name``, such as :class:`FitMethod`.
+        Callables ``(scenario, Y) -> DataFrame`` with a ``name``, such as :class:`FitMethod`; the
+        frame has ``replicate parameter estimate`` and any of the other COLUMNS. A study kept in a
+        folder goes on only with the same methods: judged on their source and the values they use,
+        or on an attribute ``key`` (any text), where they have one.
     n_rep : int
         Replicates per scenario; all methods see the same ones.
     seed : int
@@ -240,9 +280,16 @@ class Study:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.n_rep < 2:
             raise DataError(f"n_rep={self.n_rep}; expected at least 2 replicates.")
         for what, parts in (("scenarios", self.scenarios), ("methods", self.methods)):
+            unnamed = [part for part in parts if not isinstance(getattr(part, "name", None), str)]
+            if unnamed:
+                raise DataError(
+                    f"found {unnamed[0]!r} among the {what}, which has no name; expected a text as "
+                    "its attribute name. Set it, as in `method.name = 'mean'`."
+                )
             names = [part.name for part in parts]
             if len(set(names)) < len(names) or not names:
                 raise DataError(f"found {what} named {names}; expected one or more, all different.")
@@ -266,7 +313,8 @@ class Study:
         Raises
         ------
         DataError
-            If the folder holds another study.
+            If the folder holds another study, or a ``draw`` or method of the user's own cannot be
+            recognised (no source: give it a ``key``).
         """
         import pandas as pd
 
@@ -297,8 +345,7 @@ class Study:
         if file is not None and file.exists():
             frame = pd.read_parquet(file)
         else:
-            frame = method(scenario, Y())
-            frame = frame.assign(replicate=frame["replicate"].astype(int))
+            frame = _checked(method(scenario, Y()), method)
             if file is not None:
                 partial = file.with_suffix(".partial")
                 frame.to_parquet(partial)
@@ -310,23 +357,23 @@ class Study:
 
     def _folder(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        stamp: dict[str, Any] = {
+        here: dict[str, Any] = {
             "seed": self.seed,
             "block": BLOCK,
-            "scenarios": {s.name: [s.formula, s.truth, _digest(s.data)] for s in self.scenarios},
-            "methods": {m.name: repr(m) for m in self.methods},
+            "scenarios": {s.name: _scenario_stamp(s) for s in self.scenarios},
+            "methods": {m.name: _method_stamp(m) for m in self.methods},
         }
         file = folder / "study.json"
         if file.exists():
             there = json.loads(file.read_text())
             for key in ("seed", "block"):
-                _same(there[key], stamp[key], key, folder)
+                _same(there[key], here[key], key, folder)
             for kind in ("scenarios", "methods"):
-                for name in set(there[kind]) & set(stamp[kind]):
-                    new = json.loads(json.dumps(stamp[kind][name]))
+                for name in set(there[kind]) & set(here[kind]):
+                    new = here[kind][name]
                     _same(there[kind][name], new, f"{kind[:-1]} {name!r}", folder)
-                stamp[kind] = {**there[kind], **stamp[kind]}
-        file.write_text(json.dumps(stamp, indent=1))
+                here[kind] = {**there[kind], **here[kind]}
+        file.write_text(json.dumps(here, indent=1))
         return folder
 
     def performance(self) -> pd.DataFrame:
@@ -359,14 +406,44 @@ def _file(scenario: str, method: str, block: int) -> str:
     return f"{safe[0]}_{safe[1]}_{key:08x}_{block:05d}.parquet"
 
 
-def _digest(data: Any) -> int:
-    import pandas as pd
+def _checked(frame: Any, method: Any) -> pd.DataFrame:
+    """What a method returned, with all of COLUMNS."""
+    wanted = ["replicate", "parameter", "estimate"]
+    found = list(getattr(frame, "columns", []))
+    if not set(wanted) <= set(found):
+        raise DataError(
+            f"method {method.name!r} returned {type(frame).__name__} with columns {found}; "
+            f"expected a data frame with {wanted} and any of {list(COLUMNS[1:])}."
+        )
+    frame = frame.reindex(columns=[*wanted[:2], *COLUMNS])
+    return frame.assign(replicate=frame["replicate"].astype(int))
 
-    return int(pd.util.hash_pandas_object(pd.DataFrame(data)).to_numpy().sum())
+
+def _scenario_stamp(scenario: Scenario) -> dict[str, Any]:
+    """What decides the responses of a scenario, as JSON."""
+    made: dict[str, Any] = {
+        "formula": scenario.formula,
+        "truth": {name: float(value) for name, value in scenario.truth.items()},
+        "data": table_digest(scenario.data),
+    }
+    if scenario.draw is not None:
+        made["draw"] = stamp(scenario.draw, f"draw of scenario {scenario.name!r}")
+    if type(scenario) is not Scenario:
+        made["class"] = stamp(type(scenario), f"scenario {scenario.name!r}")
+    return made
+
+
+def _method_stamp(method: Any) -> str:
+    if type(method) in (FitMethod, LRTMethod):
+        return repr(method)
+    return stamp(method, f"method {method.name!r}")
 
 
 def _same(there: Any, here: Any, what: str, folder: Path) -> None:
-    if there != here:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for part in sorted({*there, *here}):
+            _same(there.get(part), here.get(part), f"{part} of {what}", folder)
+    elif there != here:
         raise DataError(
             f"{str(folder)!r} holds a study with another {what} ({there!r}, not {here!r}); "
             "expected the same study. Use another folder."
@@ -400,7 +477,10 @@ class StudyResult:
         DataFrame
             Columns ``scenario method parameter measure value mcse n n_failed``; measures ``bias
             relative_bias emp_se mod_se rel_error_mod_se rmse coverage width rejection``, those that
-            a method gives the numbers for.
+            a method gives the numbers for. Replicates without the numbers of a measure (no finite
+            estimate, standard error, interval or p-value) are left out of it and are its
+            ``n_failed``. A cell with fewer than two estimates has one row, ``measure`` "bias" and
+            ``value`` NaN.
         """
         import pandas as pd
 
@@ -409,11 +489,13 @@ class StudyResult:
         rows = []
         for (scenario, method, parameter), cell in self.estimates.groupby(keys, sort=False):
             numbers = {c: cell[c].to_numpy(float) for c in COLUMNS}
-            used = np.isfinite(numbers["estimate"])
-            head = (scenario, method, parameter)
-            tail = (int(used.sum()), int(np.sum(~used)))
             found = measures(numbers, truths[scenario].value(parameter), alpha)
-            rows += [(*head, name, *pair, *tail) for name, pair in found.items()]
+            n_used = int(np.isfinite(numbers["estimate"]).sum())
+            found = found or {"bias": (np.nan, np.nan, n_used)}
+            rows += [
+                (scenario, method, parameter, name, value, mcse, n, len(cell) - n)
+                for name, (value, mcse, n) in found.items()
+            ]
         return pd.DataFrame(rows, columns=[*keys, "measure", "value", "mcse", "n", "n_failed"])
 
     def plot(self, measure: str = "bias", ax: Any = None) -> Any:
@@ -440,13 +522,14 @@ class StudyResult:
 
 def measures(
     numbers: dict[str, np.ndarray], truth: float, alpha: float
-) -> dict[str, tuple[float, float]]:
-    """Measures of one parameter under one method: (value, Monte Carlo standard error) by name.
+) -> dict[str, tuple[float, float, int]]:
+    """Measures of one parameter under one method: (value, Monte Carlo standard error, n) by name.
 
     Parameters
     ----------
     numbers : dict
-        Arrays of COLUMNS; NaN where missing. Failed replicates (estimate NaN) are left out.
+        Arrays of COLUMNS; NaN where missing. A measure uses the n replicates that have a finite
+        estimate and the numbers it is made of; with fewer than 2 it is left out.
     truth : float
         NaN where there is none.
 
@@ -457,43 +540,56 @@ def measures(
     """
     used = np.isfinite(numbers["estimate"])
     x, se, low, high, p = (numbers[c][used] for c in COLUMNS)
-    n = len(x)
-    out: dict[str, tuple[float, float]] = {}
-    if n < 2:
+    out: dict[str, tuple[float, float, int]] = {}
+    if len(x) < 2:
         return out
     if np.isfinite(truth):
-        sd = float(np.std(x, ddof=1))
-        squares = (x - truth) ** 2
-        mse = float(squares.mean())
-        rmse = float(np.sqrt(mse))
-        out["bias"] = float(x.mean() - truth), sd / np.sqrt(n)
-        if truth != 0:
-            out["relative_bias"] = out["bias"][0] / truth, out["bias"][1] / abs(truth)
-        out["emp_se"] = sd, sd / np.sqrt(2 * (n - 1))
-        out["rmse"] = rmse, float(np.std(squares, ddof=1)) / np.sqrt(n) / (2 * max(rmse, 1e-300))
-        if np.isfinite(se).all():
-            out |= _model_se(se, sd, n)
-        if np.isfinite(low).all() and np.isfinite(high).all():
+        out |= _of_estimates(x, truth)
+        known = np.isfinite(se)
+        if known.sum() >= 2:
+            out |= _model_se(se[known], float(np.std(x, ddof=1)))
+        known = np.isfinite(low) & np.isfinite(high)
+        if known.sum() >= 2:
+            low, high = low[known], high[known]
             out["coverage"] = _proportion((low <= truth) & (truth <= high))
-            width = high - low
-            out["width"] = float(width.mean()), float(np.std(width, ddof=1) / np.sqrt(n))
-    if np.isfinite(p).all():
-        out["rejection"] = _proportion(p <= alpha)
+            out["width"] = _mean(high - low)
+    known = np.isfinite(p)
+    if known.sum() >= 2:
+        out["rejection"] = _proportion(p[known] <= alpha)
     return out
 
 
-def _model_se(se: np.ndarray, sd: float, n: int) -> dict[str, tuple[float, float]]:
+def _of_estimates(x: np.ndarray, truth: float) -> dict[str, tuple[float, float, int]]:
+    """Bias, spread and root mean squared error."""
+    n, sd = len(x), float(np.std(x, ddof=1))
+    squares = (x - truth) ** 2
+    rmse = float(np.sqrt(squares.mean()))
+    bias, error, _ = _mean(x - truth)
+    out = {"bias": (bias, error, n)}
+    if truth != 0:
+        out["relative_bias"] = bias / truth, error / abs(truth), n
+    out["emp_se"] = sd, sd / np.sqrt(2 * (n - 1)), n
+    out["rmse"] = rmse, _mean(squares)[1] / (2 * max(rmse, 1e-300)), n
+    return out
+
+
+def _mean(values: np.ndarray) -> tuple[float, float, int]:
+    n = len(values)
+    return float(values.mean()), float(np.std(values, ddof=1) / np.sqrt(n)), n
+
+
+def _model_se(se: np.ndarray, sd: float) -> dict[str, tuple[float, float, int]]:
     """Average model standard error, and its relative error in per cent."""
-    squares = se**2
+    n, squares = len(se), se**2
     mod, spread = float(np.sqrt(squares.mean())), float(np.var(squares, ddof=1))
     ratio = mod / sd
     error = np.sqrt(spread / (4 * n * mod**4) + 1 / (2 * (n - 1)))
     return {
-        "mod_se": (mod, float(np.sqrt(spread / (4 * n * mod**2)))),
-        "rel_error_mod_se": (100 * (ratio - 1), float(100 * ratio * error)),
+        "mod_se": (mod, float(np.sqrt(spread / (4 * n * mod**2))), n),
+        "rel_error_mod_se": (100 * (ratio - 1), float(100 * ratio * error), n),
     }
 
 
-def _proportion(hits: np.ndarray) -> tuple[float, float]:
+def _proportion(hits: np.ndarray) -> tuple[float, float, int]:
     share = float(np.mean(hits))
-    return share, float(np.sqrt(share * (1 - share) / len(hits)))
+    return share, float(np.sqrt(share * (1 - share) / len(hits))), len(hits)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmmjax.errors import LmmError
+from lmmjax.errors import DataError, LmmError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +18,13 @@ def check_level(level: float) -> float:
     if not 0 < level < 1:
         raise LmmError(f"level={level!r} is not a probability; expected a number such as 0.95.")
     return float(level)
+
+
+def check_seed(seed: int) -> int:
+    """Refuse a seed that is not an integer, 0 or more."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise DataError(f"seed={seed!r} is not a seed; expected an integer, 0 or more.")
+    return int(seed)
 
 
 def t_table(

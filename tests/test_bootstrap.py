@@ -196,6 +196,9 @@ def test_failures_are_counted_and_left_out(fit: lmm.Fit, monkeypatch: pytest.Mon
 def test_refuses_what_it_cannot_do(fit: lmm.Fit) -> None:
     with pytest.raises(lmm.DataError, match="expected an integer"):
         fit.bootstrap(0)
+    for seed in ("a", -1):
+        with pytest.raises(lmm.DataError, match="not a seed"):
+            fit.bootstrap(10, seed=seed)
     boot = fit.bootstrap(1000, seed=8)
     with pytest.raises(lmm.LmmError, match="percentile"):
         boot.confint(kind="bca")

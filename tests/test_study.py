@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,8 @@ import pytest
 
 import lmmjax as lmm
 from lmmjax import cli, study
-from lmmjax.study import COLUMNS, FitMethod, Scenario
+from lmmjax.stamp import stamp
+from lmmjax.study import COLUMNS, FitMethod, LRTMethod, Scenario
 
 GROUPS = pd.DataFrame({"g": pd.Categorical(np.repeat(list("abcdef"), 4)), "x": np.tile([0, 1], 12)})
 
@@ -34,19 +39,42 @@ def test_measures_by_hand() -> None:
     )
     got = study.measures(numbers, 2.0, 0.05)
     sd = np.sqrt(7 / 3)
-    assert got["bias"] == pytest.approx((1 / 3, sd / np.sqrt(3)))
-    assert got["emp_se"] == pytest.approx((sd, sd / 2))
+    assert got["bias"] == pytest.approx((1 / 3, sd / np.sqrt(3), 3))
+    assert got["emp_se"] == pytest.approx((sd, sd / 2, 3))
     squares = np.array([1.0, 0.0, 4.0])
     rmse = np.sqrt(5 / 3)
     error = np.sqrt(np.sum((squares - 5 / 3) ** 2) / 6) / (2 * rmse)
-    assert got["rmse"] == pytest.approx((rmse, error))
-    assert got["mod_se"] == pytest.approx((np.sqrt(2), np.sqrt(3 / (4 * 3 * 2))))
+    assert got["rmse"] == pytest.approx((rmse, error, 3))
+    assert got["mod_se"] == pytest.approx((np.sqrt(2), np.sqrt(3 / (4 * 3 * 2)), 3))
     ratio = np.sqrt(2) / sd
     expected = 100 * ratio * np.sqrt(3 / (4 * 3 * 4) + 1 / 4)
-    assert got["rel_error_mod_se"] == pytest.approx((100 * (ratio - 1), expected))
-    assert got["coverage"] == pytest.approx((1.0, 0.0))
-    assert got["width"] == pytest.approx((4.0, 0.0))
-    assert got["rejection"] == pytest.approx((2 / 3, np.sqrt(2 / 27)))
+    assert got["rel_error_mod_se"] == pytest.approx((100 * (ratio - 1), expected, 3))
+    assert got["coverage"] == pytest.approx((1.0, 0.0, 3))
+    assert got["width"] == pytest.approx((4.0, 0.0, 3))
+    assert got["rejection"] == pytest.approx((2 / 3, np.sqrt(2 / 27), 3))
+
+
+def test_failures_are_counted_measure_by_measure() -> None:
+    x = np.array([1.0, 2.0, 4.0, 5.0])
+    numbers = {c: x.copy() for c in COLUMNS}
+    numbers |= {"ci_low": x - 2, "ci_high": x + 2, "p_value": np.full(4, 0.01)}
+    whole = study.measures({c: v[:3] for c, v in numbers.items()}, 2.0, 0.05)
+    for c in ("std_error", "ci_low", "ci_high"):
+        numbers[c][3] = np.inf
+    got = study.measures(numbers, 2.0, 0.05)
+    for name in ("mod_se", "coverage", "width"):
+        assert got[name] == pytest.approx(whole[name])
+    assert got["bias"][2] == got["rejection"][2] == 4
+
+
+def test_a_cell_of_failures_has_a_row() -> None:
+    def fails(scenario: Scenario, Y: np.ndarray) -> pd.DataFrame:
+        return Mean()(scenario, np.full_like(Y, np.nan))
+
+    fails.name = "fails"  # type: ignore[attr-defined]
+    table = own(method=fails).performance()
+    assert table[["measure", "n", "n_failed"]].to_numpy().tolist() == [["bias", 0, 10]]
+    assert table["value"].isna().all()
 
 
 def test_known_answers_within_monte_carlo_error() -> None:
@@ -96,6 +124,104 @@ def test_finished_blocks_are_read_not_fitted(
     pd.testing.assert_frame_equal(linear().run(tmp_path).estimates, whole)
 
 
+def shifted(mean: float) -> Any:
+    """Same source, another enclosed value."""
+    return lambda rng, n: mean + rng.standard_normal((24, n))
+
+
+SCALE = 1.0
+
+
+def scaled(rng: np.random.Generator, n: int) -> np.ndarray:
+    return SCALE * rng.standard_normal((24, n))
+
+
+class Mean:
+    """A method of the user's own, with a state."""
+
+    name = "mean"
+
+    def __init__(self, trim: float = 0.0) -> None:
+        self.trim = trim
+
+    def __call__(self, scenario: Scenario, Y: np.ndarray) -> pd.DataFrame:
+        keep = np.sort(Y, axis=0)[int(self.trim * len(Y)) :]
+        frame = {"replicate": np.arange(Y.shape[1]), "parameter": "m", "estimate": keep.mean(0)}
+        return pd.DataFrame(frame).reindex(columns=["replicate", "parameter", *COLUMNS])
+
+
+class Nothing:
+    name = "nothing"
+
+    def __call__(self, scenario: Scenario, Y: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame({"replicate": [0]})
+
+
+def own(draw: Any = None, method: Any = None, data: Any = GROUPS) -> lmm.Study:
+    scenario = Scenario("own", "~ 1", data, {"m": 0.0}, draw or shifted(0.0))
+    return lmm.Study([scenario], [method or Mean()], 10)
+
+
+def test_a_folder_knows_draws_methods_and_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = own().run(tmp_path / "a").estimates
+    pd.testing.assert_frame_equal(own().run(tmp_path / "a").estimates, first)  # other objects
+    with pytest.raises(lmm.DataError, match="another draw of scenario 'own'"):
+        own(shifted(5.0)).run(tmp_path / "a")
+    with pytest.raises(lmm.DataError, match="another method 'mean'"):
+        own(method=Mean(0.1)).run(tmp_path / "a")
+    own(scaled).run(tmp_path / "b")
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    with pytest.raises(lmm.DataError, match="another draw"):
+        own(scaled).run(tmp_path / "b")
+    changed = [GROUPS[["x", "g"]], GROUPS.rename(columns={"x": "z"}), GROUPS[::-1]]
+    changed += [GROUPS.assign(g=GROUPS["g"].cat.reorder_categories(list("bacdef")))]
+    for data in changed:
+        with pytest.raises(lmm.DataError, match="another data of scenario 'own'"):
+            own(data=data).run(tmp_path / "a")
+
+
+def test_lambdas_of_one_line_differ() -> None:
+    # fmt: off
+    two = [lambda rng, n: 1 + rng.random((24, n)), lambda rng, n: 1 - rng.random((24, n))]
+    # fmt: on
+    assert stamp(two[0], "draw") != stamp(two[1], "draw")
+
+
+def test_another_process_knows_methods_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_ones_own.py").write_text(
+        "import numpy as np\nfrom lmmjax.stamp import stamp\n"
+        "class Mine:\n"
+        "    name = 'mine'\n"
+        "    def __init__(self, f, a): self.f, self.a = f, a\n"
+        "    def __call__(self, scenario, Y): return self.f(Y, self.a)\n"
+        "def made(scale): return lambda Y, a: scale * np.mean(Y) + a\n"
+        "TEXT = stamp(Mine(made(2.0), {1, 'b', 'c'}), 'method')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(Path(study.__file__).parent.parent)
+    here = importlib.import_module("of_ones_own").TEXT
+    call = [sys.executable, "-c", "import of_ones_own; print(of_ones_own.TEXT)"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
+    done = subprocess.run(call, capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == here
+
+
+def test_functions_without_source_ask_for_a_key(tmp_path: Path) -> None:
+    space: dict[str, Any] = {}
+    exec("def draw(rng, n): return rng.standard_normal((24, n))", space)
+    with pytest.raises(lmm.DataError, match="attribute key"):
+        own(space["draw"]).run(tmp_path)
+    space["draw"].key = "1"
+    own(space["draw"]).run(tmp_path)
+    space["draw"].key = "2"
+    with pytest.raises(lmm.DataError, match="another draw"):
+        own(space["draw"]).run(tmp_path)
+
+
 def test_mistakes_are_told() -> None:
     wrong = Scenario("wrong", "~ x + (1 | g)", GROUPS, {"sd_x|g": 1.0})
     with pytest.raises(lmm.DataError, match=r"names \['sd_x\|g'\]"):
@@ -104,6 +230,35 @@ def test_mistakes_are_told() -> None:
         lmm.Study([wrong], [FitMethod("a"), FitMethod("a")], 10)
     with pytest.raises(lmm.DataError, match="at least 2"):
         lmm.Study([wrong], [FitMethod("a")], 1)
+    with pytest.raises(lmm.DataError, match="no name"):
+        lmm.Study([wrong], [lambda scenario, Y: None], 10)
+    with pytest.raises(lmm.DataError, match="expected a data frame with"):
+        own(method=Nothing()).run()
+    for seed in (-1, "a", 1.5):
+        with pytest.raises(lmm.DataError, match="not a seed"):
+            lmm.Study([wrong], [FitMethod("a")], 10, seed)  # type: ignore[arg-type]
+
+
+def test_the_study_of_the_readme() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.split("## A study of your own")[1].split("```python\n")[1].split("```")[0]
+    space: dict[str, Any] = {}
+    exec(code, space)
+    table = space["table"].set_index(["method", "parameter", "measure"])
+    bias = table.loc[[("REML", "x", "bias"), ("slope of means", "x", "bias")], "value"]
+    assert bias.iloc[0] == pytest.approx(bias.iloc[1], abs=1e-6)  # balanced: the same estimate
+
+
+def test_invalid_likelihood_ratio_tests_are_refused() -> None:
+    scenario = Scenario("one", "~ x + (1 | g)", GROUPS, {})
+    Y = scenario.responses(np.random.default_rng(0), 2)
+    with pytest.raises(lmm.ComparisonError, match="not comparable"):
+        LRTMethod("a", "~ 1 + (1 | g)", "~ x + (1 | g)")(scenario, Y)
+    LRTMethod("a", "~ 1", "~ x", method="ml")(scenario, Y)
+    with pytest.raises(lmm.LmmError, match="reference='nonsense' is unknown"):
+        LRTMethod("a", "~ 1", "~ x", "nonsense")
+    with pytest.raises(lmm.LmmError, match="method='RELM' is unknown"):
+        LRTMethod("a", "~ 1", "~ x", method="relm")
 
 
 def test_scenarios_draw_from_their_model() -> None:
