@@ -17,6 +17,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import derivatives, estimate
@@ -134,7 +135,26 @@ def program(
     mapped = (rhs, theta0) if shared else (gram, rhs, theta0)
     if theta0.shape[-1] == 0:  # closed form: nothing can straggle
         return jax.vmap(one)(mapped)
-    return jax.lax.map(one, mapped, batch_size=lanes)
+    return map_lanes(one, mapped, lanes)
+
+
+def map_lanes(one: Any, items: Any, lanes: int) -> Any:
+    """``lanes`` items side by side, the groups one after the other.
+
+    ``jax.lax.map(batch_size=)`` refuses arrays without numbers: a model without fixed effects, or
+    without random ones.
+    """
+    m = _count(items)
+    whole = m // lanes * lanes
+    parts = []
+    if whole:
+        shape = (whole // lanes, lanes)
+        groups = jax.tree.map(lambda a: a[:whole].reshape(*shape, *a.shape[1:]), items)
+        done = jax.lax.map(jax.vmap(one), groups)
+        parts.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), done))
+    if whole < m:
+        parts.append(jax.vmap(one)(jax.tree.map(lambda a: a[whole:], items)))
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
 compiled = jax.jit(program, static_argnums=(0, 1, 2, 3))

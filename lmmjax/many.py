@@ -33,7 +33,7 @@ from lmmjax.expr import parse_expr
 from lmmjax.gram import Layout, Units
 from lmmjax.model import Model, check_method
 from lmmjax.precision import in_float64
-from lmmjax.rank import independent_columns
+from lmmjax.rank import independent_columns, triangle
 from lmmjax.residual.language import parse_residual
 from lmmjax.residual.responses import StructuredResponses
 from lmmjax.residual.source import Patterns
@@ -249,7 +249,7 @@ class _Shared:
         from lmmjax.design import check_identifiable
 
         check_identifiable(model.design)
-        design = model.design
+        model.design = design = _with_stand_in(model.design)
         ready: Responses | StructuredResponses
         if model.is_structured:
             products: Any
@@ -342,6 +342,7 @@ class _Shared:
             if not _estimable(piece, plan.layout):
                 bad.append(mine)
                 continue
+            piece = _with_stand_in(piece)
             standardised = gram.standardise(piece)
             own, _ = gram.crossproducts(piece, plan, standardised)
             made = Responses(piece, plan, standardised, own)(Y[np.ix_(~absent[:, mine[0]], mine)])
@@ -462,7 +463,23 @@ def _frame(table: Table, nodes: list[Any]) -> Any:
     frame = pd.DataFrame({name: c.array for name, c in columns.items()}, index=pd.RangeIndex(n))
     if STAND_IN in frame:
         raise DataError(f"found a covariate named {STAND_IN!r}; rename it for fit_many.")
-    return frame.assign(**{STAND_IN: np.random.default_rng(0).standard_normal(n)})
+    draw = np.random.default_rng(3_141_592_653).standard_normal(n)
+    return frame.assign(**{STAND_IN: draw})
+
+
+def _with_stand_in(design: Any) -> Any:
+    """A response that X cannot reproduce: one row differs from the others.
+
+    Of any p + 1 unit vectors one is outside the span of the p columns; taken is the one furthest
+    from it, whose row has the least leverage.
+    """
+    first = design.X[: design.p + 1]
+    size = np.sqrt(np.mean(design.X**2, axis=0))
+    R = triangle(design.X / size)
+    leverage = np.sum(np.linalg.solve(R.T, (first / size).T) ** 2, axis=0)
+    y = np.array(design.offset)
+    y[np.argmin(leverage)] += max(1.0, float(np.max(np.abs(y))))
+    return dataclasses.replace(design, y=y)
 
 
 def _columns(table: Table, names: list[str]) -> Any:

@@ -172,6 +172,28 @@ def test_linear_models_in_a_batch(sleep: pd.DataFrame) -> None:
     assert set(made.coef_table()["df"]) == {178.0}
 
 
+def test_models_without_fixed_effects(sleep: pd.DataFrame) -> None:
+    Y = responses(sleep, "Subject", 2) - 1e3
+    made = lmm.fit_many("~ 0 + (1 | Subject)", sleep, Y)
+    fit = made[1]
+    assert made.loglik.iloc[1] == pytest.approx(fit.loglik, abs=1e-8)
+    assert len(fit.bootstrap(20).replicates.columns) == 2
+    data = pd.concat([sleep.assign(y=y, k=k) for k, y in enumerate(Y.T)])
+    groups = lmm.fit_groups("y ~ 0 + (1 | Subject)", data, by="k")
+    np.testing.assert_allclose(groups.loglik, made.loglik, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", [0, 3_141_592_653])
+def test_no_covariate_is_the_stand_in(seed: int) -> None:
+    """Draws that anybody may make are covariates like others."""
+    x = np.random.default_rng(seed).standard_normal(60)
+    data = pd.DataFrame({"x": x, "g": np.arange(60) % 6, "far": 1e9})
+    Y = np.random.default_rng(1).standard_normal((60, 2))
+    Y[3, 1] = np.nan
+    made = lmm.fit_many("~ x + (1 | g)", data, Y, offset="far")
+    assert made.n_failed == 0
+
+
 def test_failed_items_are_tried_again(
     monkeypatch: pytest.MonkeyPatch, many: lmm.BatchFit, sleep: pd.DataFrame
 ) -> None:
