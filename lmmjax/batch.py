@@ -236,6 +236,7 @@ def fit_items(
     size: int | None = None,
     mesh: Any = None,
     retry: bool = True,
+    exact: np.ndarray | None = None,
 ) -> Batch:
     """Fit every item; retry those that fail from other starts.
 
@@ -257,6 +258,8 @@ def fit_items(
         Devices to share the items among.
     retry : bool
         Try failed items again.
+    exact : (m,) bool, optional
+        Items that X reproduces: there is nothing to find, and they are not tried again.
 
     Returns
     -------
@@ -276,17 +279,18 @@ def fit_items(
     run = functools.partial(_run, layout, method, shared, lanes, size, mesh)
     items = run(gram, rhs, start)
     status = judge(layout, items, rhs)
-    failed = np.flatnonzero((status == LIMIT) | (status == STUCK)) if retry else np.zeros(0, int)
+    again = (status == LIMIT) | (status == STUCK) if retry else np.zeros(m, bool)
+    failed = np.flatnonzero(again if exact is None else again & ~np.asarray(exact))
     retried = np.isin(np.arange(m), failed)
     for factor in OTHER_STARTS:
         if not len(failed):
             break
         pick = lambda a: np.asarray(a)[failed]  # noqa: B023, E731
         some, few = (gram if shared else jax.tree.map(pick, gram)), jax.tree.map(pick, rhs)
-        again = run(some, few, _start(layout, gram, factor))
-        verdict = judge(layout, again, few)
+        other = run(some, few, _start(layout, gram, factor))
+        verdict = judge(layout, other, few)
         better = verdict <= SINGULAR
-        items = jax.tree.map(functools.partial(_replace, failed[better], better), items, again)
+        items = jax.tree.map(functools.partial(_replace, failed[better], better), items, other)
         status[failed[better]] = verdict[better]
         failed = failed[~better]
     return Batch(items, status, retried)
