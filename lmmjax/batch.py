@@ -17,6 +17,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import derivatives, estimate
@@ -134,7 +135,26 @@ def program(
     mapped = (rhs, theta0) if shared else (gram, rhs, theta0)
     if theta0.shape[-1] == 0:  # closed form: nothing can straggle
         return jax.vmap(one)(mapped)
-    return jax.lax.map(one, mapped, batch_size=lanes)
+    return map_lanes(one, mapped, lanes)
+
+
+def map_lanes(one: Any, items: Any, lanes: int) -> Any:
+    """``lanes`` items side by side, the groups one after the other.
+
+    ``jax.lax.map(batch_size=)`` refuses arrays without numbers: a model without fixed effects, or
+    without random ones.
+    """
+    m = _count(items)
+    whole = m // lanes * lanes
+    parts = []
+    if whole:
+        shape = (whole // lanes, lanes)
+        groups = jax.tree.map(lambda a: a[:whole].reshape(*shape, *a.shape[1:]), items)
+        done = jax.lax.map(jax.vmap(one), groups)
+        parts.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), done))
+    if whole < m:
+        parts.append(jax.vmap(one)(jax.tree.map(lambda a: a[whole:], items)))
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
 compiled = jax.jit(program, static_argnums=(0, 1, 2, 3))
@@ -216,6 +236,7 @@ def fit_items(
     size: int | None = None,
     mesh: Any = None,
     retry: bool = True,
+    exact: np.ndarray | None = None,
 ) -> Batch:
     """Fit every item; retry those that fail from other starts.
 
@@ -237,6 +258,8 @@ def fit_items(
         Devices to share the items among.
     retry : bool
         Try failed items again.
+    exact : (m,) bool, optional
+        Items that X reproduces: there is nothing to find, and they are not tried again.
 
     Returns
     -------
@@ -256,17 +279,18 @@ def fit_items(
     run = functools.partial(_run, layout, method, shared, lanes, size, mesh)
     items = run(gram, rhs, start)
     status = judge(layout, items, rhs)
-    failed = np.flatnonzero((status == LIMIT) | (status == STUCK)) if retry else np.zeros(0, int)
+    again = (status == LIMIT) | (status == STUCK) if retry else np.zeros(m, bool)
+    failed = np.flatnonzero(again if exact is None else again & ~np.asarray(exact))
     retried = np.isin(np.arange(m), failed)
     for factor in OTHER_STARTS:
         if not len(failed):
             break
         pick = lambda a: np.asarray(a)[failed]  # noqa: B023, E731
         some, few = (gram if shared else jax.tree.map(pick, gram)), jax.tree.map(pick, rhs)
-        again = run(some, few, _start(layout, gram, factor))
-        verdict = judge(layout, again, few)
+        other = run(some, few, _start(layout, gram, factor))
+        verdict = judge(layout, other, few)
         better = verdict <= SINGULAR
-        items = jax.tree.map(functools.partial(_replace, failed[better], better), items, again)
+        items = jax.tree.map(functools.partial(_replace, failed[better], better), items, other)
         status[failed[better]] = verdict[better]
         failed = failed[~better]
     return Batch(items, status, retried)

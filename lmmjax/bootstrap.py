@@ -323,7 +323,7 @@ def _transformed(
         along = jax.jacfwd(lambda t: at(t, log_s2(t)))(t)
         return at(t, log_s2(t)), along, jax.jacfwd(at, 1)(t, log_s2(t))
 
-    return jax.lax.map(one, (rhs, theta), batch_size=batch.choose_lanes(layout, rhs))
+    return batch.map_lanes(one, (rhs, theta), batch.choose_lanes(layout, rhs))
 
 
 def _structure(model: Any) -> _Structure:

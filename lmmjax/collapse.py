@@ -95,9 +95,9 @@ def _classes(own: np.ndarray) -> list[np.ndarray]:
 
 def _span(border: np.ndarray) -> np.ndarray:
     """Orthonormal basis, (m, k), of the products with X of m levels: (S, d + p, m)."""
-    m = border.shape[-1]
-    U, s, _ = np.linalg.svd(border.reshape(-1, m).T, full_matrices=False)
-    return U[:, s > 1e-14 * max(m, border.shape[1]) * np.max(s, initial=0.0)]
+    S, k, m = border.shape
+    U, s, _ = np.linalg.svd(border.reshape(S * k, m).T, full_matrices=False)
+    return U[:, s > 1e-14 * max(m, k) * np.max(s, initial=0.0)]
 
 
 def collapse(layout: Layout, gram: Gram) -> Collapsed | None:

@@ -32,7 +32,7 @@ from lmmjax.batchfit import (
 from lmmjax.design import Design, check_terms, design_and_residual
 from lmmjax.errors import DataError, DesignError, ResidualWarning
 from lmmjax.gram import EXACT_FIT, Units, plan, standardise
-from lmmjax.many import _bar, _model, _rows
+from lmmjax.many import _bar, _model, _rows, at_a_time, check_chunk, with_columns
 from lmmjax.model import check_method, known_variances
 from lmmjax.precision import in_float64
 from lmmjax.rank import independent_columns
@@ -126,6 +126,7 @@ def fit_groups(
     began = time.perf_counter()
     method = check_method(method)
     df = None if df is None else check_df(df)
+    chunk = check_chunk(chunk, "data sets")
     frame, keys = _frame_and_keys(data, by)
     spec = None if residual is None else parse_residual(residual)
     design, values = design_and_residual(
@@ -239,16 +240,7 @@ class _Single:
         a, b = np.searchsorted(self.item, [i, i + 1])
         rows = np.sort(self.order[a:b])
         piece = _rows(self.design, rows, drop_levels=True)
-        columns = self.columns[i]
-        if not columns.all():
-            names = np.array(piece.x_names)
-            piece = dataclasses.replace(
-                piece,
-                X=np.asfortranarray(piece.X[:, columns]),
-                x_names=tuple(names[columns]),
-                x_assign=piece.x_assign[columns],
-                aliased=(*piece.aliased, *names[~columns]),
-            )
+        piece = with_columns(piece, self.columns[i])
         if not self.values:
             return piece
         assert self.spec is not None
@@ -284,8 +276,8 @@ class _Worker:
         self.status = np.where(fits, batch.NOT_RUN, batch.TOO_FEW)  # of items without a fit
         self.notes: list[str] = []
 
-    def buckets(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(columns, items) of each bucket, items at most ``chunk``."""
+    def buckets(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
+        """(columns, items, size to pad to) of each bucket, items at most ``chunk``."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         sizes = [self._sizes(v.number) for v in self.levels]
         for i in np.flatnonzero(self.status == batch.NOT_RUN).tolist():
@@ -295,8 +287,9 @@ class _Worker:
         for key, members in groups.items():
             columns = np.array(key[: self.columns.shape[1]], bool)
             limit = self.chunk or self._chunk(key[self.columns.shape[1] :], int(columns.sum()))
+            widest = min(limit, len(members))
             for at in range(0, len(members), limit):
-                out.append((columns, np.array(members[at : at + limit])))
+                out.append((columns, np.array(members[at : at + limit]), widest))
         return out
 
     def _sizes(self, count: np.ndarray) -> np.ndarray:
@@ -306,19 +299,19 @@ class _Worker:
         return bucket_size(count, 2 if self.stack.m > MOST else 4)
 
     def _chunk(self, sizes: tuple[int, ...], p: int) -> int:
-        """Data sets at a time: 64 MB of blocks."""
+        """Data sets at a time: their blocks take a quarter of the free memory."""
         q = [t.z.shape[1] * J for t, J in zip(self.stack.terms, sizes, strict=True)]
         largest = max(q, default=0)
         numbers = (sum(q) - largest + p) * (sum(q) + p) + 4 * largest + 1
-        return int(np.clip(2**23 // numbers, 8, MOST))
+        return at_a_time(4 * numbers, MOST)  # made, padded, on the device, results
 
     def run(self, progress: bool) -> tuple[Arrays, list[str]]:
         """Fit all buckets; items in order."""
         parts, places, notes = [], [], self.notes
         bar = _bar(progress, self.stack.m)
         try:
-            for columns, members in self.buckets():
-                parts.append(self._fit(columns, members))
+            for columns, members, widest in self.buckets():
+                parts.append(self._fit(columns, members, widest))
                 places.append(members)
                 bar.update(len(members))
         except KeyboardInterrupt:
@@ -340,14 +333,21 @@ class _Worker:
         whole = concatenate(parts)
         return take(whole, np.argsort(np.concatenate([*places, rest]), kind="stable")), notes
 
-    def _fit(self, columns: np.ndarray, members: np.ndarray) -> Arrays:
+    def _fit(self, columns: np.ndarray, members: np.ndarray, widest: int) -> Arrays:
         some = self.stack.take(members, np.flatnonzero(columns))
         the_plan, levels = assemble.plan(some)
         sizes = tuple(int(self._sizes(v.number).max()) for v in levels)
         gram, rhs, units = assemble.products(some, the_plan, levels, sizes)
         layout = assemble.padded(the_plan, sizes)
         done = batch.fit_items(
-            layout, self.method, gram, rhs, shared=False, mesh=self.mesh, size=self.chunk
+            layout,
+            self.method,
+            gram,
+            rhs,
+            shared=False,
+            mesh=self.mesh,
+            size=widest,
+            exact=units.exact,
         )
         return _widened(arrays_of(done, units, self.method), columns)
 
@@ -389,8 +389,8 @@ class _StructuredWorker(_Worker):
         source = ragged.make_source(piece, plan(piece), standardised)
         self.made[i] = source, standardised.units
 
-    def buckets(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(columns, items) of each bucket: one kind of structure, layout and size."""
+    def buckets(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
+        """(columns, items, size to pad to): one kind of structure, layout and size."""
         groups: dict[Any, list[int]] = {}
         numbers = {i: ragged.numbers(rows) for i, (rows, _) in self.made.items()}
         # one size where the work saved would not pay a compilation
@@ -405,24 +405,25 @@ class _StructuredWorker(_Worker):
         out = []
         for members in groups.values():
             most = max(numbers[i] for i in members)
-            limit = self.chunk or int(np.clip(2**23 // most, 8, MOST))
+            limit = self.chunk or at_a_time(4 * most, MOST)
+            widest = min(limit, len(members))
             for at in range(0, len(members), limit):
                 some = np.array(members[at : at + limit])
-                out.append((self.columns[some[0]], some))
+                out.append((self.columns[some[0]], some, widest))
         return out
 
-    def _fit(self, columns: np.ndarray, members: np.ndarray) -> Arrays:
-        arrays, phi = self._fit_rows(columns, members, own_range=False)
+    def _fit(self, columns: np.ndarray, members: np.ndarray, widest: int) -> Arrays:
+        arrays, phi = self._fit_rows(columns, members, widest, own_range=False)
         family = self.made[int(members[0])][0].structure.family
         if isinstance(family, CompoundSymmetry):
             # ρ near the common bound: the data set's own bound may be lower
             for i in np.flatnonzero(phi[:, 0] < NEAR):
-                mine, _ = self._fit_rows(columns, members[i : i + 1], own_range=True)
+                mine, _ = self._fit_rows(columns, members[i : i + 1], 1, own_range=True)
                 arrays = put(arrays, int(i), mine)
         return arrays
 
     def _fit_rows(
-        self, columns: np.ndarray, members: np.ndarray, own_range: bool
+        self, columns: np.ndarray, members: np.ndarray, widest: int, own_range: bool
     ) -> tuple[Arrays, np.ndarray]:
         """Estimates of the members, and their free residual parameters."""
         first = self.made[int(members[0])][0].structure
@@ -439,7 +440,7 @@ class _StructuredWorker(_Worker):
             np.stack([np.append(theta, rows.start()) for rows in sources]),
             shared=False,
             mesh=self.mesh,
-            size=self.chunk,
+            size=widest,
         )
         units = _stacked_units([self.made[i][1] for i in members.tolist()])
         arrays = _widened(arrays_of(done, units, self.method, padded.structure), columns)

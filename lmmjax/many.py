@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,12 +28,13 @@ from lmmjax.batchfit import (
     missing_items,
     take,
 )
+from lmmjax.design import check_identifiable, check_terms
 from lmmjax.errors import DataError
 from lmmjax.expr import parse_expr
-from lmmjax.gram import Layout, Units
+from lmmjax.gram import Gram, Layout, Units
 from lmmjax.model import Model, check_method
 from lmmjax.precision import in_float64
-from lmmjax.rank import independent_columns
+from lmmjax.rank import independent_columns, triangle
 from lmmjax.residual.language import parse_residual
 from lmmjax.residual.responses import StructuredResponses
 from lmmjax.residual.source import Patterns
@@ -50,6 +51,9 @@ STAND_IN = "response"
 
 #: responses fitted at a time at most; more gain nothing
 MOST = 2048
+
+#: responses that lack the same rows from which they are a batch of their own
+SEVERAL = 8
 
 
 @in_float64
@@ -180,11 +184,22 @@ def _chunk(chunk: int | None, n: int, q: int) -> int:
     Temporaries of the optimiser and its Hessian exist for the items of one group of lanes only
     (batch.py); they do not grow with the chunk.
     """
-    if chunk is not None:
-        if not (isinstance(chunk, int | np.integer) and chunk > 0):
-            raise DataError(f"chunk={chunk!r}; expected a positive number of responses.")
-        return int(chunk)
-    return int(np.clip(free_memory() / 4 / (8 * (3 * n + 6 * q + 1)), 16, MOST))
+    chunk = check_chunk(chunk, "responses")
+    return at_a_time(3 * n + 6 * q + 1, least=16) if chunk is None else chunk
+
+
+def check_chunk(chunk: Any, what: str) -> int | None:
+    """Refuse what is not a number of items."""
+    if chunk is None:
+        return None
+    if isinstance(chunk, bool) or not (isinstance(chunk, int | np.integer) and chunk > 0):
+        raise DataError(f"chunk={chunk!r}; expected a positive whole number of {what}.")
+    return int(chunk)
+
+
+def at_a_time(numbers: float, most: int = MOST, least: int = 1) -> int:
+    """Items of so many numbers that a quarter of the free memory holds."""
+    return int(np.clip(free_memory() / 4 / (8 * max(numbers, 1)), least, most))
 
 
 def free_memory() -> float:
@@ -246,10 +261,8 @@ class _Shared:
             contrasts=contrasts,
             missing=missing,
         )
-        from lmmjax.design import check_identifiable
-
         check_identifiable(model.design)
-        design = model.design
+        model.design = design = _with_stand_in(model.design)
         ready: Responses | StructuredResponses
         if model.is_structured:
             products: Any
@@ -307,7 +320,7 @@ class _Shared:
         if self.model.is_structured:
             return self._complete(made, method, size, mesh)
         present = np.setdiff1d(np.arange(Y.shape[1]), lacking)
-        parts = [self._incomplete(Y[:, lacking], method, size, mesh)]
+        parts = [self._incomplete(Y[:, lacking], method, mesh)]
         if len(present):
             some_made = jax.tree.map(lambda a: a[present], made)
             parts.append(self._complete(some_made, method, size, mesh))
@@ -325,48 +338,77 @@ class _Shared:
         if self.collapsed is not None:
             layout, the_gram = self.collapsed.layout, self.collapsed.gram
             rhs = self.collapsed.rhs(rhs)
-        done = batch.fit_items(layout, method, the_gram, rhs, theta0, size=size, mesh=mesh)
+        done = batch.fit_items(
+            layout, method, the_gram, rhs, theta0, size=size, mesh=mesh, exact=made.exact
+        )
         structure = the_gram.structure if structured else None
         return arrays_of(done, units, made.beta0, made.scale, method, made.exact, structure)
 
-    def _incomplete(self, Y: np.ndarray, method: str, size: int, mesh: Any) -> Arrays:
-        """Each response on the rows it has: a Gram a pattern, all patterns in one batch."""
-        plan, _, the_gram = self.standard
-        absent = np.isnan(Y)
-        _, which = np.unique(np.packbits(absent, axis=0), axis=1, return_inverse=True)
-        which = which.reshape(-1)
-        grams, rights, converters, order, bad = [], [], [], [], []
-        for pattern in range(int(which.max()) + 1):
-            mine = np.flatnonzero(which == pattern)
-            piece = _rows(self.design, ~absent[:, mine[0]])
-            if not _estimable(piece, plan.layout):
-                bad.append(mine)
-                continue
-            standardised = gram.standardise(piece)
-            own, _ = gram.crossproducts(piece, plan, standardised)
-            made = Responses(piece, plan, standardised, own)(Y[np.ix_(~absent[:, mine[0]], mine)])
-            own = own._replace(parent=the_gram.parent)
-            grams += [own] * len(mine)
-            rights.append(made.rhs)
-            converters.append((standardised.units, made, len(mine)))
-            order.append(mine)
-        parts = []
-        if grams:
-            stack = lambda *a: np.stack(a)  # noqa: E731
-            every = jax.tree.map(stack, *grams)
-            rhs = jax.tree.map(lambda *a: np.concatenate(a), *rights)
-            done = batch.fit_items(plan.layout, method, every, rhs, shared=False, mesh=mesh)
-            at = 0
-            for units, made, k in converters:
-                some = jax.tree.map(lambda a: a[at : at + k], done)  # noqa: B023
-                parts.append(arrays_of(some, units, made.beta0, made.scale, method, made.exact))
-                at += k
-        if bad:
-            k = sum(map(len, bad))
+    def _incomplete(self, Y: np.ndarray, method: str, mesh: Any) -> Arrays:
+        """Each response on the rows it has.
+
+        A pattern of several responses is a batch with one Gram; the Grams of the others are
+        stacked, as many at a time as the memory takes.
+        """
+        _, which = np.unique(np.packbits(np.isnan(Y), axis=0), axis=1, return_inverse=True)
+        by_pattern = np.argsort(which.reshape(-1), kind="stable")
+        patterns = np.split(by_pattern, np.cumsum(np.bincount(which.reshape(-1)))[:-1])
+        numbers = sum(int(np.size(a)) for a in jax.tree.leaves(self.standard[2]))
+        limit = at_a_time(4 * numbers)  # made, stacked, padded, on the device
+        alone = [mine for mine in patterns if len(mine) < SEVERAL]
+        size = min(limit, sum(map(len, alone)))  # all stacks run one program
+        batches = [(True, [mine]) for mine in patterns if len(mine) >= SEVERAL]
+        batches += [(False, some) for some in _packs(alone, limit)]
+        parts, order, few = [], [], []
+        for shared, some in batches:
+            found = [(mine, self._pattern(Y, mine)) for mine in some]
+            few += [mine for mine, pattern in found if pattern is None]
+            known = [pattern for _, pattern in found if pattern is not None]
+            if known:
+                padded = None if shared else size
+                parts.append(self._fit_patterns(known, shared, padded, method, mesh))
+                order += [mine for mine, pattern in found if pattern is not None]
+        if few:
             like = parts[0] if parts else self._blank(method)
-            parts.append(missing_items(k, like, batch.TOO_FEW))
-            order += bad
+            at = np.concatenate(few)
+            blank = missing_items(len(at), like, batch.TOO_FEW)
+            parts.append(blank._replace(n_obs=np.sum(~np.isnan(Y[:, at]), axis=0)))
+            order.append(at)
         return take(concatenate(parts), np.argsort(np.concatenate(order), kind="stable"))
+
+    def _pattern(self, Y: np.ndarray, mine: np.ndarray) -> _Pattern | None:
+        """Products of responses that lack the same rows; None where too few rows are left."""
+        plan, _, the_gram = self.standard
+        here = ~np.isnan(Y[:, mine[0]])
+        piece = _rows(self.design, here)
+        if not _estimable(piece, plan.layout):
+            return None
+        piece = _with_stand_in(piece)
+        standardised = gram.standardise(piece)
+        own, _ = gram.crossproducts(piece, plan, standardised)
+        made = Responses(piece, plan, standardised, own)(Y[np.ix_(here, mine)])
+        return _Pattern(own._replace(parent=the_gram.parent), standardised.units, made)
+
+    def _fit_patterns(
+        self, some: list[_Pattern], shared: bool, size: int | None, method: str, mesh: Any
+    ) -> Arrays:
+        counts = [len(a.made.scale) for a in some]
+        grams = some[0].gram
+        if not shared:
+            each = [a.gram for a, k in zip(some, counts, strict=True) for _ in range(k)]
+            grams = jax.tree.map(lambda *a: np.stack(a), *each)
+        rhs, exact = jax.tree.map(
+            lambda *a: np.concatenate(a), *[(a.made.rhs, a.made.exact) for a in some]
+        )
+        layout = self.standard[0].layout
+        done = batch.fit_items(
+            layout, method, grams, rhs, shared=shared, size=size, mesh=mesh, exact=exact
+        )
+        parts, ends = [], np.cumsum(counts)
+        for a, b, (_, units, made) in zip(ends - counts, ends, some, strict=True):
+            mine = jax.tree.map(lambda x: x[a:b], done)  # noqa: B023
+            parts.append(arrays_of(mine, units, made.beta0, made.scale, method, made.exact))
+        return concatenate(parts)
 
     def _blank(self, method: str) -> Arrays:
         """Arrays of the right shapes: those of the stand-in response."""
@@ -406,6 +448,26 @@ class _Shared:
         )
 
 
+class _Pattern(NamedTuple):
+    """Responses that lack the same rows."""
+
+    gram: Gram
+    units: Units
+    made: Products
+
+
+def _packs(patterns: list[np.ndarray], limit: int) -> Iterator[list[np.ndarray]]:
+    """Patterns of together at most ``limit`` responses, or a single one."""
+    some: list[np.ndarray] = []
+    for mine in patterns:
+        if some and sum(map(len, some)) + len(mine) > limit:
+            yield some
+            some = []
+        some.append(mine)
+    if some:
+        yield some
+
+
 @dataclass(frozen=True, eq=False)
 class _Single:
     """The ordinary fit of one response on the rows that it has."""
@@ -429,7 +491,11 @@ class _Single:
                 f"found {int(np.sum(~here))} missing values in response {name}; expected a "
                 "complete one for a batch with residual=. Fit it with lmmjax.Model."
             )
-        design = design if here.all() else _rows(design, here, drop_levels=True)
+        if not here.all():
+            design = _rows(design, here, drop_levels=True)
+            design = with_columns(
+                design, independent_columns(design.X, "(Intercept)" in design.x_names)
+            )
         right = whole.formula.split("~", 1)[1].strip()
         model = _model(f"{name} ~ {right}", design, self.model.residual)
         return model.fit(self.method, df=self.df)
@@ -437,6 +503,7 @@ class _Single:
 
 def _model(formula: str, design: Any, residual: str | None = None) -> Model:
     """A model from a design that is there already."""
+    check_terms(design)
     model = Model.__new__(Model)
     model.formula, model.residual, model.dtype = formula, residual, "float64"
     model.design = design
@@ -462,7 +529,23 @@ def _frame(table: Table, nodes: list[Any]) -> Any:
     frame = pd.DataFrame({name: c.array for name, c in columns.items()}, index=pd.RangeIndex(n))
     if STAND_IN in frame:
         raise DataError(f"found a covariate named {STAND_IN!r}; rename it for fit_many.")
-    return frame.assign(**{STAND_IN: np.random.default_rng(0).standard_normal(n)})
+    draw = np.random.default_rng(3_141_592_653).standard_normal(n)
+    return frame.assign(**{STAND_IN: draw})
+
+
+def _with_stand_in(design: Any) -> Any:
+    """A response that X cannot reproduce: one row differs from the others.
+
+    Of any p + 1 unit vectors one is outside the span of the p columns; taken is the one furthest
+    from it, whose row has the least leverage.
+    """
+    first = design.X[: design.p + 1]
+    size = np.sqrt(np.mean(design.X**2, axis=0))
+    R = triangle(design.X / size)
+    leverage = np.sum(np.linalg.solve(R.T, (first / size).T) ** 2, axis=0)
+    y = np.array(design.offset)
+    y[np.argmin(leverage)] += max(1.0, float(np.max(np.abs(y))))
+    return dataclasses.replace(design, y=y)
 
 
 def _columns(table: Table, names: list[str]) -> Any:
@@ -491,6 +574,20 @@ def _rows(design: Any, here: np.ndarray, drop_levels: bool = False) -> Any:
         rows=design.rows[here],
         n_dropped=design.n_dropped + design.n - len(design.y[here]),
         terms=tuple(terms),
+    )
+
+
+def with_columns(design: Any, keep: np.ndarray) -> Any:
+    """The design on some of its columns of X, a mask; the others are told as aliased."""
+    if keep.all():
+        return design
+    names = np.array(design.x_names)
+    return dataclasses.replace(
+        design,
+        X=np.asfortranarray(design.X[:, keep]),
+        x_names=tuple(names[keep]),
+        x_assign=design.x_assign[keep],
+        aliased=(*design.aliased, *names[~keep]),
     )
 
 

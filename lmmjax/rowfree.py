@@ -105,7 +105,8 @@ def root(layout: Layout, gram: Gram) -> Root:
     level = np.moveaxis(Q * size[:, None, :], (0, 2), (2, 0))  # (r, S, J)
     inverse = np.where(inside, 1.0 / np.where(inside, size, 1.0), 0.0)
     border = np.einsum("jsr,jr,skj->rkj", Q, inverse, first, optimize=True)
-    flat = np.moveaxis(border, 1, 2).reshape(-1, border.shape[1])
+    r, k, J = border.shape
+    flat = np.moveaxis(border, 1, 2).reshape(r * J, k)
     rest = _root(dense - flat.T @ flat, float(np.max(np.diag(dense), initial=1e-300)))
     df = float(gram.n) - float(np.sum(inside)) - len(rest)
     return Root(level, inside.T.astype(float), border, rest, df)

@@ -20,6 +20,7 @@ from designs import design, factor_codes, layouts, problem
 
 import lmmjax as lmm
 from lmmjax import assemble, batch, cli, estimate, gram
+from lmmjax import many as many_module
 from lmmjax.batchfit import adjusted
 
 LAYOUTS = layouts()
@@ -115,11 +116,46 @@ def test_missing_values_by_pattern(sleep: pd.DataFrame) -> None:
     Y[3, 1] = Y[4, 1] = Y[3, 2] = Y[4, 2] = Y[100, 4] = np.nan
     Y[1:, 5] = np.nan
     made = lmm.fit_many("~ Days + (1 | Subject)", sleep, Y)
-    assert list(made.status["n_obs"]) == [180, 178, 178, 180, 179, 0]
+    assert list(made.status["n_obs"]) == [180, 178, 178, 180, 179, 1]
     assert made.status["status"].iloc[5].startswith("failed: too few rows")
     check_equal(made, [1, 4])
+    with pytest.raises(lmm.DesignError, match="one level"):
+        made[5]
     with pytest.raises(lmm.DataError, match="missing values in 4 responses"):
         lmm.fit_many("~ Days + (1 | Subject)", sleep, Y, missing="raise")
+
+
+def test_patterns_in_batches_of_their_own_and_in_stacks(
+    sleep: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One Gram for a pattern of many, stacks of others as the memory allows: the same numbers."""
+    Y = responses(sleep, "Subject", 16)
+    Y[2, :9] = np.nan
+    Y[np.arange(9, 15), np.arange(9, 15)] = np.nan
+    stacked, fit_items = [], batch.fit_items
+
+    def told(*args: Any, **options: Any) -> batch.Batch:
+        if "shared" in options:
+            stacked.append((options["shared"], len(args[3].yy), options["size"]))
+        return fit_items(*args, **options)
+
+    monkeypatch.setattr(batch, "fit_items", told)
+    made = lmm.fit_many("~ Days", sleep, Y)
+    assert stacked == [(True, 9, None), (False, 6, 6)]
+    monkeypatch.setattr(many_module, "at_a_time", lambda *a, least=1: 4)
+    again = lmm.fit_many("~ Days", sleep, Y, chunk=16)
+    assert stacked[2:] == [(True, 9, None), (False, 4, 4), (False, 2, 4)]
+    for a, b in zip(jax.tree.leaves(made.arrays), jax.tree.leaves(again.arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    check_equal(made, [0, 8, 9, 14, 15])
+
+
+def test_items_that_x_reproduces_are_not_tried_again(sleep: pd.DataFrame) -> None:
+    Y = responses(sleep, "Subject", 12)
+    Y[:, 3] = 0.0
+    made = lmm.fit_many("~ Days + (1 | Subject)", sleep, Y)
+    assert made.status["status"].iloc[3].startswith("failed: the fixed effects reproduce")
+    assert made.n_retried == 0
 
 
 def test_every_source_gives_the_same(
@@ -170,6 +206,28 @@ def test_linear_models_in_a_batch(sleep: pd.DataFrame) -> None:
     made = lmm.fit_many("~ Days", sleep, responses(sleep, "Subject", 3))
     check_equal(made, [0, 2])
     assert set(made.coef_table()["df"]) == {178.0}
+
+
+def test_models_without_fixed_effects(sleep: pd.DataFrame) -> None:
+    Y = responses(sleep, "Subject", 2) - 1e3
+    made = lmm.fit_many("~ 0 + (1 | Subject)", sleep, Y)
+    fit = made[1]
+    assert made.loglik.iloc[1] == pytest.approx(fit.loglik, abs=1e-8)
+    assert len(fit.bootstrap(20).replicates.columns) == 2
+    data = pd.concat([sleep.assign(y=y, k=k) for k, y in enumerate(Y.T)])
+    groups = lmm.fit_groups("y ~ 0 + (1 | Subject)", data, by="k")
+    np.testing.assert_allclose(groups.loglik, made.loglik, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", [0, 3_141_592_653])
+def test_no_covariate_is_the_stand_in(seed: int) -> None:
+    """Draws that anybody may make are covariates like others."""
+    x = np.random.default_rng(seed).standard_normal(60)
+    data = pd.DataFrame({"x": x, "g": np.arange(60) % 6, "far": 1e9})
+    Y = np.random.default_rng(1).standard_normal((60, 2))
+    Y[3, 1] = np.nan
+    made = lmm.fit_many("~ x + (1 | g)", data, Y, offset="far")
+    assert made.n_failed == 0
 
 
 def test_failed_items_are_tried_again(
@@ -335,6 +393,8 @@ def test_groups_equal_single_fits(ragged: pd.DataFrame) -> None:
     assert list(made.items) == sorted(ragged["k"].unique())
     assert made.status["status"].iloc[4].startswith("failed: too few")
     assert made.n_failed == 1
+    with pytest.raises(lmm.DesignError, match="one level"):
+        made[4]
     check_equal(made, [0, 3])
     table = made.coef_table().set_index(["item", "term"])["estimate"]
     assert np.isnan(table["set03", "fc"]) and np.isfinite(table["set00", "fc"])
@@ -347,6 +407,9 @@ def test_groups_equal_single_fits(ragged: pd.DataFrame) -> None:
 def test_groups_say_what_is_wrong(ragged: pd.DataFrame) -> None:
     with pytest.raises(lmm.DataError, match="no column"):
         lmm.fit_groups("y ~ x + (1 | g)", ragged, by="nothing")
+    for chunk in (-1, 2.5, 0):
+        with pytest.raises(lmm.DataError, match="positive whole number of data sets"):
+            lmm.fit_groups("y ~ x + (1 | g)", ragged, by="k", chunk=chunk)  # type: ignore[arg-type]
     with pytest.raises(lmm.DataError, match="no data set with enough rows"):
         lmm.fit_groups("y ~ x + (1 | g)", ragged.groupby("k").head(2), by="k")
 

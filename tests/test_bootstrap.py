@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from designs import design, layouts, problem, random_theta
+from scipy import stats
 
 import lmmjax as lmm
 from lmmjax import batch, bootstrap, collapse, derivatives, estimate, gram, rowfree
@@ -235,3 +236,12 @@ def test_null_statistics_of_a_likelihood_ratio(fit: lmm.Fit) -> None:
     )
     with pytest.raises(lmm.DataError, match="same rows and method"):
         bootstrap.null_statistics(fit, big)
+
+
+def test_studentised_intervals_of_a_linear_model() -> None:
+    """The exact interval of σ is that of χ²; 400 replicates of a closed form."""
+    data = lmm.load_dataset("sleepstudy")
+    fit = lmm.Model("Reaction ~ Days", data).fit()
+    made = fit.bootstrap(400).confint(kind="studentized").loc["sigma"]
+    exact = fit.sigma * np.sqrt(178 / stats.chi2.ppf([0.975, 0.025], 178))
+    np.testing.assert_allclose(made[["low", "high"]].to_numpy(float), exact, rtol=0.03)
