@@ -235,3 +235,12 @@ def test_null_statistics_of_a_likelihood_ratio(fit: lmm.Fit) -> None:
     )
     with pytest.raises(lmm.DataError, match="same rows and method"):
         bootstrap.null_statistics(fit, big)
+
+
+def test_transformed_components_lower_for_cuda(fit: lmm.Fit) -> None:
+    layout, g, rhs, theta, _, _, structure = fit.bootstrap(1000, seed=8)._pieces
+    with lmm.float64():
+        exported = jax.export.export(bootstrap._transformed, platforms=["cuda"])(
+            layout, fit.method, structure, g, rhs, jnp.asarray(theta)
+        )
+    assert "callback" not in str(exported.mlir_module())
