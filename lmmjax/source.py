@@ -148,7 +148,14 @@ def _parquet(paths: list[str], native: Any) -> Source:
     import pyarrow.dataset as ds
     import pyarrow.parquet as pq
 
-    schema = ds.dataset(paths, format="parquet").schema
+    try:
+        schema = ds.dataset(paths, format="parquet").schema
+    except pa.ArrowInvalid as err:
+        raise DataError(
+            f"found {', '.join(paths[:3])}, which cannot be read as Parquet; expected Parquet "
+            "files. Give another format as a pyarrow dataset, such as "
+            'pyarrow.dataset.dataset("x.csv", format="csv"), or write it to Parquet.'
+        ) from err
 
     def stream(columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         kinds = pa.schema([schema.field(name) for name in columns])

@@ -417,14 +417,17 @@ def test_groups_say_what_is_wrong(ragged: pd.DataFrame) -> None:
 # -- programs, command line -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_batch_program_lowers_for_cuda(shared: bool) -> None:
-    plan, _, g, rhs = problem(design(LAYOUTS["slope"], 120, 2))
+@pytest.mark.parametrize(
+    ("name", "lanes", "shared"),
+    [("slope", 4, True), ("slope", 4, False), ("crossed", 1, True)],
+)
+def test_the_batch_program_lowers_for_cuda(name: str, lanes: int, shared: bool) -> None:
+    plan, _, g, rhs = problem(design(LAYOUTS[name], 120, 2))
     layout = plan.layout
     many_of: Any = lambda tree: jax.tree.map(lambda a: np.stack([a] * 8), tree)  # noqa: E731
     theta = np.tile(estimate.start(layout), (8, 1))
     with lmm.float64():
-        program = jax.jit(lambda g, r, t: batch.program(layout, "REML", 4, shared, g, r, t))
+        program = jax.jit(lambda g, r, t: batch.program(layout, "REML", lanes, shared, g, r, t))
         arrays = (g if shared else many_of(g), many_of(rhs), theta)
         exported = jax.export.export(program, platforms=["cuda"])(*arrays)
     assert "cuda" in exported.platforms

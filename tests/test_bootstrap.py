@@ -245,3 +245,12 @@ def test_studentised_intervals_of_a_linear_model() -> None:
     made = fit.bootstrap(400).confint(kind="studentized").loc["sigma"]
     exact = fit.sigma * np.sqrt(178 / stats.chi2.ppf([0.975, 0.025], 178))
     np.testing.assert_allclose(made[["low", "high"]].to_numpy(float), exact, rtol=0.03)
+
+
+def test_transformed_components_lower_for_cuda(fit: lmm.Fit) -> None:
+    layout, g, rhs, theta, _, _, structure = fit.bootstrap(1000, seed=8)._pieces
+    with lmm.float64():
+        exported = jax.export.export(bootstrap._transformed, platforms=["cuda"])(
+            layout, fit.method, structure, g, rhs, jnp.asarray(theta)
+        )
+    assert "callback" not in str(exported.mlir_module())

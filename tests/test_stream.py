@@ -293,6 +293,29 @@ def test_rows_are_not_kept() -> None:
     assert not hasattr(fit.model.design, "nonsense")
 
 
+def test_criteria_of_streamed_tables(tmp_path: Path) -> None:
+    formulas, frame = ("y ~ 1", "y ~ x"), table()
+    fits = [lmm.Model.from_table(f, arrow(frame)).fit(method="ML") for f in formulas]
+    kept = [lmm.Model(f, frame).fit(method="ML") for f in formulas]
+    pd.testing.assert_frame_equal(lmm.aic_table(*fits), lmm.aic_table(*kept), rtol=1e-8)
+    with pytest.raises(lmm.ComparisonError, match="keeps no rows"):
+        lmm.lrt(*fits)
+    with pytest.raises(lmm.ComparisonError, match="keeps no rows"):
+        lmm.aic_table(fits[0], kept[1])
+    others = {"rows": frame[:-9], "weights": frame}
+    for what, rows in others.items():
+        options = {"weights": "I(x^2 + 1)"} if what == "weights" else {}
+        other = lmm.Model.from_table("y ~ x", arrow(rows), **options).fit(method="ML")
+        with pytest.raises(lmm.ComparisonError, match=f"different .*{what}"):
+            lmm.aic_table(fits[0], other)
+    reml = [lmm.Model.from_table(f, arrow(frame)).fit() for f in formulas]
+    with pytest.raises(lmm.ComparisonError, match="different fixed parts"):
+        lmm.aic_table(*reml)
+    frame[["x"]].to_csv(tmp_path / "x.csv")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        lmm.Model.from_table("y ~ x", tmp_path / "x.csv")
+
+
 # Errors ---------------------------------------------------------------------------------------
 
 

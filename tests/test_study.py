@@ -254,7 +254,7 @@ def test_invalid_likelihood_ratio_tests_are_refused() -> None:
     Y = scenario.responses(np.random.default_rng(0), 2)
     with pytest.raises(lmm.ComparisonError, match="not comparable"):
         LRTMethod("a", "~ 1 + (1 | g)", "~ x + (1 | g)")(scenario, Y)
-    LRTMethod("a", "~ 1", "~ x", method="ml")(scenario, Y)
+    LRTMethod("a", "~ 1", "~ x", method="ml")._check_fixed(GROUPS)
     with pytest.raises(lmm.LmmError, match="reference='nonsense' is unknown"):
         LRTMethod("a", "~ 1", "~ x", "nonsense")
     with pytest.raises(lmm.LmmError, match="method='RELM' is unknown"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lmmjax.errors import ComparisonError
-from lmmjax.inference.nesting import check_converged, check_same_data, label
+from lmmjax.inference.nesting import check_converged, check_same_data, keeps_rows, label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,10 @@ def aic_table(*fits: Fit) -> pd.DataFrame:
     Parameters
     ----------
     *fits : Fit
-        Of the same rows and response, by one method. REML fits must have the same X.
+        Of the same rows and response, by one method. REML fits must have the same X. Models of
+        ``Model.from_table`` keep no rows: what is compared is the number of rows, the text of
+        response and offset, the sum of the log weights and, under REML, the names of the columns
+        of X. That they are of one table is for the caller to know.
 
     Returns
     -------
@@ -54,7 +57,10 @@ def aic_table(*fits: Fit) -> pd.DataFrame:
 
     if not fits:
         raise ComparisonError("found no fits; expected one or more. Call aic_table(fit1, fit2).")
-    check_same_data(fits)
+    if any(keeps_rows(f) for f in fits):
+        check_same_data(fits)
+    else:
+        _check_same_sums(fits)
     check_converged(fits)
     _check_criteria(fits)
     table = pd.DataFrame(
@@ -67,6 +73,30 @@ def aic_table(*fits: Fit) -> pd.DataFrame:
     return table
 
 
+def _check_same_sums(fits: tuple[Fit, ...]) -> None:
+    """Refuse models of streamed tables whose numbers of rows, responses ... differ."""
+
+    def of(fit: Fit) -> dict[str, Any]:
+        design = fit.model.design
+        products: Any = fit.model._prepared[2]
+        return {
+            "numbers of rows": design.n,
+            "responses": design.response,
+            "offsets": (design.spec.offset, design.spec.parsed.offset_nodes),
+            # added up in batches, whose size differs between models
+            "weights": float(f"{float(products[0].logdet_R):.8g}"),
+        }
+
+    first = of(fits[0])
+    for fit in fits[1:]:
+        for name, value in of(fit).items():
+            if value != first[name]:
+                raise ComparisonError(
+                    f"found different {name} ({first[name]} and {value}); expected the same in all "
+                    "models, and one table of complete rows for all of them."
+                )
+
+
 def _check_criteria(fits: tuple[Fit, ...]) -> None:
     methods = sorted({f.method for f in fits})
     if len(methods) > 1:
@@ -74,8 +104,12 @@ def _check_criteria(fits: tuple[Fit, ...]) -> None:
             "found fits by ML and by REML, whose likelihoods are of different data; expected one "
             "criterion. Refit: fit.model.fit(method='ML')."
         )
-    X = [f.model.design.X for f in fits]
-    if methods == ["REML"] and not all(np.array_equal(X[0], x) for x in X[1:]):
+    if not keeps_rows(fits[0]):
+        same = len({f.model.design.x_names for f in fits}) == 1
+    else:
+        X = [f.model.design.X for f in fits]
+        same = all(np.array_equal(X[0], x) for x in X[1:])
+    if methods == ["REML"] and not same:
         raise ComparisonError(
             "found REML fits with different fixed parts (or codings of them), whose criteria are "
             "not comparable; expected the same columns of X. Refit by ML: "

@@ -49,6 +49,13 @@ def label(fit: Fit) -> str:
     return f"{fit.model.formula}, {residual}" if residual else fit.model.formula
 
 
+def keeps_rows(fit: Fit) -> bool:
+    """Whether the model was made of a table in memory."""
+    from lmmjax.design import Design
+
+    return isinstance(fit.model.design, Design)
+
+
 def check_same_data(fits: Any) -> None:
     """Refuse fits of different rows, responses, weights or offsets.
 
@@ -59,10 +66,11 @@ def check_same_data(fits: Any) -> None:
     first = fits[0].model.design
     for fit in fits[1:]:
         design = fit.model.design
-        if not hasattr(first, "X") or not hasattr(design, "X"):
+        if not keeps_rows(fits[0]) or not keeps_rows(fit):
             raise ComparisonError(
-                "found a model of a streamed table, whose rows are not kept; expected models made "
-                "by Model(formula, data). Compare their loglik yourself if they share all rows."
+                "found a model of a streamed table, which keeps no rows; expected models made by "
+                "Model(formula, data). Compare their loglik yourself, or by aic_table, if they "
+                "share all rows."
             )
         if len(first.y) != len(design.y) or not first.rows.equals(design.rows):
             raise ComparisonError(
