@@ -455,7 +455,8 @@ class BatchFit:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns: dict[str, Any] = {"item": pa.array([str(x) for x in self.items])}
+        labels = _labels_table(self.items)
+        columns: dict[str, Any] = dict(zip(labels.column_names, labels.columns, strict=True))
         shapes: dict[str, list[int]] = {}
         for name, values in self._flat().items():
             shapes[name] = list(values.shape[1:])
@@ -468,7 +469,8 @@ class BatchFit:
             "terms": self.terms,
             "seconds": self.seconds,
             "notes": self.notes,
-            "name": self.items.name,
+            "names": list(self.items.names),
+            "labels": labels.schema.metadata[b"pandas"].decode(),
             "shapes": shapes,
             "residual": self.residual,
             "residual_names": self.residual_names,
@@ -484,7 +486,6 @@ class BatchFit:
     @classmethod
     def from_parquet(cls, path: str | os.PathLike[str]) -> BatchFit:
         """Read what :meth:`to_parquet` wrote; ``[i]`` needs the data and raises."""
-        import pandas as pd
         import pyarrow.parquet as pq
 
         table = pq.read_table(path)
@@ -503,7 +504,7 @@ class BatchFit:
             formula=head["formula"],
             method=head["method"],
             df=head["df"],
-            items=pd.Index(table["item"].to_pylist(), name=head["name"]),
+            items=_labels(table, head["names"], head["labels"]),
             x_names=tuple(head["x_names"]),
             terms=tuple(TermLabels(g, tuple(n), c) for g, n, c in head["terms"]),
             arrays=Arrays(covs=covs, **flat),
@@ -538,6 +539,38 @@ class BatchFit:
         from lmmjax.display import preformatted
 
         return preformatted(repr(self))
+
+
+def _labels_table(items: pd.Index) -> Any:
+    """Labels of the items with their types, a column a level: ``item``, or ``item_0 item_1 ...``"""
+    import pandas as pd
+    import pyarrow as pa
+
+    levels = [items.get_level_values(k) for k in range(items.nlevels)]
+    frame = pd.DataFrame(dict(zip(_label_names(items.nlevels), levels, strict=True)))
+    try:
+        return pa.Table.from_pandas(frame, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(
+            f"found labels of items of several types, which a Parquet column cannot hold ({error});"
+            " expected one type. Rename the responses, or write coef_table() instead."
+        ) from error
+
+
+def _label_names(n: int) -> list[str]:
+    return ["item"] if n == 1 else [f"item_{k}" for k in range(n)]
+
+
+def _labels(table: Any, names: list[Any], types: str) -> pd.Index:
+    """What :func:`_labels_table` made of them."""
+    import pandas as pd
+
+    some = table.select(_label_names(len(names))).replace_schema_metadata({"pandas": types})
+    frame = some.to_pandas()
+    levels = [frame[name] for name in frame]
+    if len(names) == 1:
+        return pd.Index(levels[0], name=names[0])
+    return pd.MultiIndex.from_arrays(levels, names=names)
 
 
 def _column(values: np.ndarray) -> Any:

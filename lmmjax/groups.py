@@ -32,7 +32,7 @@ from lmmjax.batchfit import (
 from lmmjax.design import Design, check_terms, design_and_residual
 from lmmjax.errors import DataError, DesignError, ResidualWarning
 from lmmjax.gram import EXACT_FIT, Units, plan, standardise
-from lmmjax.many import _bar, _model, _rows, at_a_time, check_chunk, with_columns
+from lmmjax.many import _bar, _model, _rows, at_a_time, check_chunk, check_devices, with_columns
 from lmmjax.model import check_method, known_variances
 from lmmjax.precision import in_float64
 from lmmjax.rank import independent_columns
@@ -42,6 +42,7 @@ from lmmjax.residual.language import ResidualSpec, parse_residual
 from lmmjax.residual.source import Patterns, Rows
 from lmmjax.residual.structures import CompoundSymmetry, Structure
 from lmmjax.start import identity
+from lmmjax.table import Table, check_index
 from lmmjax.variables import take_rows
 
 if TYPE_CHECKING:
@@ -127,6 +128,9 @@ def fit_groups(
     method = check_method(method)
     df = None if df is None else check_df(df)
     chunk = check_chunk(chunk, "data sets")
+    check_devices(mesh)
+    for what, values in (("weights", weights), ("offset", offset)):
+        check_index(values, Table(data).rows, what)
     frame, keys = _frame_and_keys(data, by)
     spec = None if residual is None else parse_residual(residual)
     design, values = design_and_residual(
@@ -169,7 +173,6 @@ def _frame_and_keys(data: Any, by: str | list[str]) -> tuple[Any, list[Any]]:
     import pandas as pd
 
     from lmmjax.expr import Name
-    from lmmjax.table import Table
 
     names = [by] if isinstance(by, str) else list(by)
     if not names:

@@ -41,7 +41,7 @@ from lmmjax.residual.source import Patterns
 from lmmjax.residual.structures import Structure
 from lmmjax.responses import Products, Responses
 from lmmjax.sources import Source, open_source
-from lmmjax.table import Table
+from lmmjax.table import Table, check_index
 
 if TYPE_CHECKING:
     from lmmjax.fit import Fit
@@ -84,7 +84,8 @@ def fit_many(
         Covariates and groups, one row for each row of the responses.
     responses : array (rows, m), table, list of str, sparse matrix, AnnData, or iterator
         One column a response; a list names columns of ``data``; a memory map is read by chunks; an
-        iterator yields blocks (rows, k) or pairs (labels, block).
+        iterator yields blocks (rows, k) or pairs (labels, block). Rows are taken by position; a
+        pandas table whose index contradicts that of the data is refused.
     method : {"REML", "ML"}
     df : {"satterthwaite", "residual", "wald"}, optional
         Default as for a single fit.
@@ -133,10 +134,12 @@ def fit_many(
     began = time.perf_counter()
     method = check_method(method)
     df = None if df is None else check_df(df)  # before any work is done
+    check_devices(mesh)
     if missing not in ("drop", "raise"):
         raise DataError(f"missing={missing!r} is unknown; expected 'drop' or 'raise'.")
     shared = _Shared.build(formula, data, residual, weights, offset, contrasts, missing)
     responses = [responses] if isinstance(responses, str) else responses
+    check_index(responses, shared.labels, "responses")
     source = open_source(responses, shared.n_rows, shared.columns, layer)
     chunk = _chunk(chunk, shared.design.n, shared.numbers)
     labels: list[Any] = []
@@ -159,6 +162,14 @@ def fit_many(
     if not parts:
         raise DataError("found no responses; expected one or more columns.")
     return shared.result(labels, parts, method, df, source, notes, time.perf_counter() - began)
+
+
+def check_devices(mesh: Any) -> None:
+    """Refuse a ``mesh=`` that is none."""
+    if mesh is not None:
+        from lmmjax.sharding import check_mesh
+
+        check_mesh(mesh)
 
 
 def _interrupted(done: int, source: Source, parts: list[Arrays], labels: list[Any]) -> str:
@@ -251,6 +262,8 @@ class _Shared:
             known = spec.weights()
             nodes += [*spec.nodes, *([] if known is None else [parse_expr(known)])]
         table = Table(data)
+        check_index(weights, table.rows, "weights")
+        check_index(offset, table.rows, "offset")
         frame = _frame(table, nodes)
         model = Model(
             text,

@@ -53,7 +53,8 @@ class Model:
         independent with equal variances. See :func:`lmmjax.residual.language.parse_residual`.
         ``"varfixed(v)"`` is Var(ε_i) = σ² v_i, ``v`` a column or an expression such as ``1/w``.
     weights : str or array, shape (rows,), optional
-        Precision weights, Var(ε_i) = σ²/w_i; a column name or an array.
+        Precision weights, Var(ε_i) = σ²/w_i; a column name or an array by row. A pandas series
+        whose index contradicts that of the data is refused.
     offset : str or array, shape (rows,), optional
         Known part of the mean; adds to any ``offset(x)`` in the formula.
     contrasts : dict, optional

@@ -119,6 +119,15 @@ def shard_levels(layout: Layout, gram: Gram, rhs: Rhs, mesh: Mesh) -> tuple[Layo
     return dataclasses.replace(layout, chain=chain), gram, rest._replace(border=first(rhs.border))
 
 
+def check_mesh(mesh: Any) -> None:
+    """Refuse what is not a mesh of devices."""
+    if not isinstance(mesh, Mesh):
+        raise LmmError(
+            f"mesh is a {type(mesh).__name__}; expected a jax.sharding.Mesh, such as "
+            "jax.make_mesh((jax.device_count(),), ('group',))."
+        )
+
+
 def solve(
     model: Model, mesh: Mesh, method: str, theta0: Any, optimizer: Any = "newton"
 ) -> np.ndarray:
@@ -143,11 +152,7 @@ def solve(
     LmmError
         Residual parameters, or not a mesh.
     """
-    if not isinstance(mesh, Mesh):
-        raise LmmError(
-            f"mesh is a {type(mesh).__name__}; expected a jax.sharding.Mesh, such as "
-            "jax.make_mesh((jax.device_count(),), ('group',))."
-        )
+    check_mesh(mesh)
     if model.is_structured:
         raise LmmError(
             f"found mesh= with the residual structure {model.residual}; one fit is shared among "

@@ -79,6 +79,21 @@ def _numeric(frame: Any) -> np.ndarray:
     return frame.to_numpy(dtype=float, na_value=np.nan)
 
 
+def _floats(values: Any) -> np.ndarray:
+    """Real numbers as float64; nothing is cut off."""
+    kind = values.dtype.kind
+    if kind in "fiub":
+        return np.asarray(values, dtype=np.float64)
+    try:
+        if kind == "O":
+            return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"found responses that are not real numbers ({error}); expected numbers."
+        ) from error
+    raise DataError(f"found responses of type {values.dtype}; expected real numbers.")
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """Responses that are kept: an array, a memory map or a sparse matrix, a column each."""
@@ -90,7 +105,7 @@ class Matrix:
         """Columns a ... b - 1, dense."""
         block = self.matrix[:, a:b]
         dense = block.toarray() if hasattr(block, "toarray") else block
-        return np.asarray(dense, dtype=np.float64)
+        return _floats(dense)
 
     def blocks(self, chunk: int) -> Iterator[tuple[list[Any], np.ndarray]]:
         """All columns in blocks."""
@@ -114,7 +129,7 @@ def _stream(responses: Any, n: int) -> Source:
         at = 0
         for item in responses:
             named = isinstance(item, tuple) and len(item) == 2
-            block = np.asarray(item[1] if named else item, dtype=np.float64)
+            block = _floats(np.asarray(item[1] if named else item))
             block = block[:, None] if block.ndim == 1 else block
             _check_rows(block.shape[0], n)
             labels = list(item[0]) if named else list(range(at, at + block.shape[1]))

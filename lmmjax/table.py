@@ -73,6 +73,29 @@ class Table:
         return converted
 
 
+def check_index(values: Any, rows: pd.Index, what: str) -> None:
+    """Refuse values whose row labels contradict those of the data; they are taken by position.
+
+    Raises
+    ------
+    DataError
+        Both indexes are more than positions 0, 1 ..., and differ.
+    """
+    index = values.index if isinstance(values, pd.Series | pd.DataFrame) else None
+    if index is None or _is_default(index) or _is_default(rows) or len(index) != len(rows):
+        return
+    if not index.equals(rows):
+        raise DataError(
+            f"found an index of {what} that differs from that of the data; expected the same "
+            f"rows in the same order. Align them with {what}.loc[data.index], or, where the "
+            f"order is right, take the index off with {what}.to_numpy()."
+        )
+
+
+def _is_default(index: pd.Index) -> bool:
+    return isinstance(index, pd.RangeIndex) and index.start == 0 and index.step == 1
+
+
 def known_columns(wanted: Iterable[str], names: list[str], what: str) -> list[str]:
     """Return the names that are columns; the others must be constants.
 

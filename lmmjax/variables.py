@@ -15,7 +15,7 @@ from lmmjax.expr import Call, Name, Node, deparse, names_in, parse_expr
 from lmmjax.formula import Bar, ParsedFormula, expand
 from lmmjax.residual.frame import evaluate_residual
 from lmmjax.residual.language import ResidualSpec
-from lmmjax.table import Table
+from lmmjax.table import Table, check_index
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,8 @@ def evaluate(
     residual: ResidualSpec | None = None,
 ) -> Variables:
     """Evaluate all variables of a formula on a training table, learning their states."""
+    for what, values in (("weights", weights), ("offset", offset)):
+        check_index(values, table.rows, what)
     w_source = side_source(weights, "weights", table.names)
     o_source = side_source(offset, "offset", table.names)
     columns = table.read(all_nodes(parsed, w_source, o_source))
