@@ -600,6 +600,7 @@ def adjusted(p_values: np.ndarray, method: str) -> np.ndarray:
     ----------
     p_values : (m, r)
     method : {"holm", "bh"}
+        ``"fdr"`` is R's other name of ``"bh"``.
 
     References
     ----------
@@ -610,6 +611,7 @@ def adjusted(p_values: np.ndarray, method: str) -> np.ndarray:
     >>> adjusted(np.array([[0.01], [0.04], [0.03]]), "holm").ravel().round(2).tolist()
     [0.03, 0.06, 0.06]
     """
+    method = "bh" if method == "fdr" else method
     if method not in ("holm", "bh"):
         raise LmmError(f"adjust={method!r} is unknown; expected 'none', 'holm' or 'bh'.")
     out = np.full_like(p_values, np.nan)

@@ -77,6 +77,13 @@ def effects(
     return b, lk.ranef_cov(layout, theta, gram)
 
 
+@functools.partial(jax.jit, static_argnames="layout")
+def effect_slopes(layout: Layout, gram: Gram, rhs: Rhs, theta: jax.Array) -> tuple[jax.Array, ...]:
+    """∂b̂/∂β of the BLUPs given β, which are affine in it: (S, J, p) per factor."""
+    red = lk.reduce(layout, theta, gram, rhs)
+    return jax.jacfwd(lambda beta: lk.ranef(layout, gram, red, beta))(lk.fixef(red))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def hessian(layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs) -> jax.Array:
     """Exact Hessian of the profiled criterion, where the optimiser used an approximation."""

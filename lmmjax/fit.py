@@ -289,18 +289,83 @@ class Fit(InferenceMethods):
             self._effects[group][0], index=pd.Index(levels, name=group), columns=names
         )
 
-    def ranef_se(self, group: str | None = None) -> pd.DataFrame:
-        """Conditional SDs of the random effects given β, θ and σ, in the shape of :meth:`ranef`."""
+    def ranef_se(self, group: str | None = None, *, prediction_error: bool = False) -> pd.DataFrame:
+        """SDs of the random effects given θ and σ, in the shape of :meth:`ranef`.
+
+        Given β too, or with ``prediction_error=True`` of b̂ - b, which carries the uncertainty of β̂.
+        """
         import pandas as pd
 
-        group, levels, names = self._group(group)
-        variances = np.einsum("jss->js", self._effects[group][1])
-        sd = np.sqrt(np.maximum(variances, 0.0))
-        return pd.DataFrame(sd, index=pd.Index(levels, name=group), columns=names)
+        name, levels, names = self._group(group)
+        cov = self.ranef_cov(name, prediction_error=prediction_error)
+        sd = np.sqrt(np.maximum(np.einsum("jss->js", cov), 0.0))
+        return pd.DataFrame(sd, index=pd.Index(levels, name=name), columns=names)
 
-    def ranef_cov(self, group: str | None = None) -> np.ndarray:
-        """Conditional covariances of the random effects given β, θ and σ: (levels, S, S)."""
-        return self._effects[self._group(group)[0]][1].copy()
+    def ranef_cov(self, group: str | None = None, *, prediction_error: bool = False) -> np.ndarray:
+        """Covariances of the random effects, (levels, S, S); as :meth:`ranef_se`."""
+        name = self._group(group)[0]
+        given = self._effects[name][1]
+        if not prediction_error:
+            return given.copy()
+        slope = self._effect_slopes[name]
+        return given + slope @ self._model_vcov @ np.swapaxes(slope, 1, 2)
+
+    def joint_cov(self, group: str | None = None) -> np.ndarray:
+        r"""Joint covariance of the errors of fixed and random effects, given θ and σ.
+
+            Var(β̂ - β, b̂_j - b_j) = σ² times these rows and columns of Henderson's C⁻¹
+
+        Parameters
+        ----------
+        group : str, optional
+            A grouping factor; may be left out where there is one.
+
+        Returns
+        -------
+        (levels, p + S, p + S) array
+            β first, then the effects of the level in the order of :meth:`ranef`.
+
+        Notes
+        -----
+        O(J (p + S)²) after one pass over the factors.
+
+        References
+        ----------
+        Henderson (1975). Best linear unbiased estimation and prediction under a selection model.
+        Biometrics 31.
+
+        Examples
+        --------
+        >>> import lmmjax as lmm
+        >>> fit = lmm.Model("Yield ~ 1 + (1 | Batch)", lmm.load_dataset("Dyestuff")).fit()
+        >>> fit.joint_cov("Batch").shape
+        (6, 2, 2)
+        """
+        name = self._group(group)[0]
+        V, slope = self._model_vcov, self._effect_slopes[name]
+        across = V @ np.swapaxes(slope, 1, 2)
+        fixed = np.broadcast_to(V, (len(slope), *V.shape))
+        own = self.ranef_cov(name, prediction_error=True)
+        return np.block([[fixed, across], [np.swapaxes(across, 1, 2), own]])
+
+    @property
+    def _model_vcov(self) -> np.ndarray:
+        """Covariance of β̂ given θ and σ, (p, p)."""
+        return self.sigma**2 * self._unscaled_vcov
+
+    @cached_property
+    @in_float64
+    def _effect_slopes(self) -> dict[str, np.ndarray]:
+        """Per group: slopes of the BLUPs in β, (J, S, p), in the data's units."""
+        the_gram, rhs = self._products
+        layout, units = self.model._plan.layout, self.model._units
+        slopes = estimate.effect_slopes(layout, the_gram, rhs, jnp.asarray(self._theta_s))
+        out = {}
+        for factor, slope in zip(self.model._plan.factors, slopes, strict=True):
+            B = _block_diagonal([units.B[k] for k in factor.terms])
+            moved = B @ np.moveaxis(np.asarray(slope), 1, 0)
+            out[factor.group] = moved @ np.linalg.inv(units.A)
+        return out
 
     # -- fitted values, residuals, predictions ----------------------------------------------------
 
@@ -520,7 +585,11 @@ class Fit(InferenceMethods):
         return MarginalCov(cov, corr)
 
     def hierarchical_counterpart(self) -> str | None:
-        """Why no hierarchical model implies this marginal one, in words; None where one does."""
+        """Why no random intercept implies this marginal model, in words; None if correlations >= 0.
+
+        Compound symmetry without random effects is judged; of other structures with negative
+        correlations the text says that they were not.
+        """
         from lmmjax.residual.checks import hierarchical_counterpart
 
         return hierarchical_counterpart(self)

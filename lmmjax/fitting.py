@@ -186,10 +186,26 @@ def _not_converged(fit: Fit) -> str:
     if np.max(np.abs(solution.free)) > 1e4:
         reason += ", the residual variance goes to 0"
         remedy = "the random effects reproduce the response: simplify them, or check for copies"
+    elif fit.model.is_structured and _runs_away(fit):
+        reason += ", the residual covariance goes to a singular one"
+        remedy = "the criterion is not bounded: use a residual structure with fewer parameters"
     return (
         f"did not converge: {reason} ({_checks(solution)}; a Newton step promises "
         f"{solution.promised:.2g} less {fit.method} criterion); {remedy}"
     )
+
+
+def _runs_away(fit: Fit) -> bool:
+    """Whether residuals are estimated as exact functions of others: correlation matrices or
+    variances of their subjects nearly singular."""
+    from lmmjax.residual.covariance import block
+
+    r = fit.model.design.residual
+    if r is None or not np.all(np.isfinite(fit.phi)):
+        return False
+    rows = np.flatnonzero(r.subject == np.argmax(np.bincount(r.subject)))[:200]
+    e = np.linalg.eigvalsh(block(r, fit.phi, np.ones(len(r.subject)), rows))
+    return bool(e[0] < 1e-6 * e[-1])
 
 
 def boundary(model: Model, theta_s: np.ndarray) -> list[str]:

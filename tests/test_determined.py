@@ -118,3 +118,53 @@ def test_residual_subjects_are_groups_of_influence() -> None:
     table = fit.coef_table("containment")
     assert "as residual" in table.attrs["note"]
     np.testing.assert_array_equal(table["df"], fit.coef_table("residual")["df"])
+
+
+@pytest.mark.parametrize("residual", [None, "varident(arm)"])
+def test_joint_covariance_is_the_inverse_of_henderson(residual: str | None) -> None:
+    rng = np.random.default_rng(4)
+    d = pd.DataFrame({"g": rng.integers(0, 8, 60), "h": rng.integers(0, 5, 60)}).astype(str)
+    d["x"], d["arm"] = rng.normal(size=60) + 3, np.where(np.arange(60) % 2, "a", "b")
+    effects = rng.normal(size=(13, 2))
+    d["y"] = effects[d["g"].astype(int), 0] + effects[8 + d["h"].astype(int), 1] + d["x"]
+    d["y"] += effects[d["g"].astype(int), 1] * d["x"] + 0.3 * rng.normal(size=60)
+    fit = lmm.Model("y ~ x + (x | g) + (1 | h)", d, residual=residual).fit()
+    design = fit.model.design
+    Z, G = [], []
+    for term, cov in zip(design.terms, fit._term_covs(), strict=True):
+        levels = range(len(term.levels))
+        Z.append(np.concatenate([term.z * (term.codes == j)[:, None] for j in levels], 1))
+        G += [cov] * len(term.levels)
+    XZ = np.hstack([design.X, *Z])
+    sd = (fit.residuals() / fit.residuals("pearson")).to_numpy()
+    C = (XZ / sd[:, None] ** 2).T @ XZ
+    at = 2
+    for cov in G:
+        C[at : at + len(cov), at : at + len(cov)] += np.linalg.inv(cov)
+        at += len(cov)
+    inverse, got = np.linalg.inv(C), fit.joint_cov("g")
+    for j in range(8):
+        mine = [0, 1, 2 + 2 * j, 3 + 2 * j]
+        np.testing.assert_allclose(got[j], inverse[np.ix_(mine, mine)], rtol=1e-6, atol=1e-9)
+    se = fit.ranef_se("h", prediction_error=True)
+    np.testing.assert_allclose(se.iloc[:, 0] ** 2, np.diag(inverse)[18:], rtol=1e-6)
+    assert np.all(se > fit.ranef_se("h"))
+
+
+def test_negative_correlations_of_other_structures_are_not_judged() -> None:
+    rng = np.random.default_rng(6)
+    e = rng.normal(size=(25, 5))
+    d = pd.DataFrame({"y": (e[:, 1:] - 0.8 * e[:, :-1]).ravel(), "t": np.tile(range(4), 25)})
+    d["id"] = np.repeat(np.arange(25), 4).astype(str)
+    fit = lmm.Model("y ~ 1", d, residual="ar1(t | id)").fit()
+    assert "not judged: ar1(t | id) has negative" in str(fit.hierarchical_counterpart())
+
+
+def test_an_unbounded_criterion_asks_for_fewer_parameters() -> None:
+    y = np.random.default_rng(1).normal(size=15)
+    d = pd.DataFrame({"y": y, "id": np.repeat(list("abc"), 5), "t": np.tile(range(5), 3)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = lmm.Model("y ~ 1", d, residual="un(t | id)").fit()
+    assert not fit.converged
+    assert "fewer parameters" in fit.message

@@ -576,6 +576,7 @@ def test_adjusted_p_values() -> None:
     np.testing.assert_allclose(ask("holm"), [0.03, np.nan, 0.06, 0.06])
     np.testing.assert_allclose(ask("bh"), [0.03, np.nan, 0.04, 0.04])
     np.testing.assert_allclose(ask("none"), p)
+    assert adjust.check("fdr") == "bh"
     with pytest.raises(LmmError, match="holm"):
         adjust.check("sidak")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -168,22 +168,42 @@ def _same_positions(big: Residuals, small: Residuals) -> bool:
 
 
 def hierarchical_counterpart(fit: Fit) -> str | None:
-    """Why no hierarchical model implies a fitted marginal model, or None.
+    """Why no random intercept implies a fitted marginal model, in words, or None.
 
     Compound symmetry is what a random intercept implies, V_i = tau2 11' + sigma2 I, as long as
     tau2 = rho V_11 is not negative (Verbeke and Molenberghs 2000, section 5.6.2). A negative
-    correlation is a valid marginal model that no random intercept brings about.
+    correlation is a valid marginal model that no random intercept brings about. Of other structures
+    with negative correlations, and of those beside random effects, the text says that they were not
+    judged: random effects enough can imply any covariance.
     """
-    family: Any = None
-    if fit.model.design.residual is not None:
-        family = fit.model.design.residual.structure.family
-    if not isinstance(family, CompoundSymmetry) or fit.model.is_mixed:
+    r = fit.model.design.residual
+    if r is None or r.structure.family is None:
         return None
-    rho = float(fit.residual_params()["rho"])
-    if rho >= 0:
+    lowest = _lowest_correlation(fit, r)
+    if lowest >= 0:
         return None
+    if not isinstance(r.structure.family, CompoundSymmetry) or fit.model.is_mixed:
+        beside = " beside random effects" if fit.model.is_mixed else ""
+        return (
+            f"not judged: {r.spec.text}{beside} has negative correlations (down to {lowest:.3g}); "
+            "no random intercept alone implies these, whether other random effects do is not told"
+        )
     return (
-        f"the correlation within {fit.model.design.residual.subject_name} is negative "  # type: ignore[union-attr]
-        f"({rho:.3g}): a valid marginal model, but none that a random intercept could bring about, "
-        "since its variance would have to be negative; rows of a subject compete rather than share"
+        f"the correlation within {r.subject_name} is negative "
+        f"({lowest:.3g}): a valid marginal model, but none that a random intercept could bring "
+        "about, since its variance would have to be negative; rows of a subject compete rather "
+        "than share"
     )
+
+
+def _lowest_correlation(fit: Fit, r: Residuals) -> float:
+    """The lowest residual correlation in the subject with most rows, or of any two positions."""
+    from lmmjax.residual.covariance import block
+
+    if isinstance(r.structure.family, CompoundSymmetry | Unstructured):
+        names = [n for n in fit.model.phi_names if n.startswith("rho")]
+        return float(fit.residual_params()[names].min())
+    rows = np.flatnonzero(r.subject == np.argmax(np.bincount(r.subject)))
+    cov = block(r, fit.phi, np.ones(len(r.subject)), rows)
+    sd = np.sqrt(np.diag(cov))
+    return float(np.min(cov / np.outer(sd, sd)))
