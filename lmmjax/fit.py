@@ -103,7 +103,11 @@ class Fit(InferenceMethods):
 
     @property
     def phi(self) -> np.ndarray:
-        """Free parameters of the residual structure; :meth:`residual_params` reports them."""
+        """Free parameters of the residual structure, those that the optimiser moves.
+
+        Unconstrained (log ratios of SDs, transformed correlations, in units of the optimiser), so
+        not what R or SAS print: :meth:`residual_params` has those, under their names.
+        """
         return self._solution.free[self.model._plan.layout.n_theta :]
 
     @cached_property

@@ -30,7 +30,9 @@ from lmmjax.batchfit import (
     take,
 )
 from lmmjax.design import Design, check_terms, design_and_residual
-from lmmjax.errors import DataError, DesignError, ResidualWarning
+from lmmjax.errors import DataError, DesignError, FormulaError, ResidualWarning
+from lmmjax.expr import names_in
+from lmmjax.formula import parse
 from lmmjax.gram import EXACT_FIT, Units, plan, standardise
 from lmmjax.many import _bar, _model, _rows, at_a_time, check_chunk, check_devices, with_columns
 from lmmjax.model import check_method, known_variances
@@ -110,6 +112,10 @@ def fit_groups(
 
     Notes
     -----
+    The columns of ``by`` are constant within a data set. Fixed terms with them repeat others there,
+    and get NaN or take the place of what they repeat, which ``notes`` tells; a grouping factor of
+    them alone is refused.
+
     Transforms that learn from the data (``poly``, ``scale``, splines) and the levels of factors are
     those of the whole table, so that coefficients mean the same in every item.
 
@@ -132,6 +138,7 @@ def fit_groups(
     for what, values in (("weights", weights), ("offset", offset)):
         check_index(values, Table(data).rows, what)
     frame, keys = _frame_and_keys(data, by)
+    told = _constant_terms(formula, by)
     spec = None if residual is None else parse_residual(residual)
     design, values = design_and_residual(
         formula,
@@ -161,7 +168,7 @@ def fit_groups(
         terms=tuple(TermLabels(t.group, tuple(t.names), t.cov) for t in design.terms),
         arrays=arrays,
         seconds=time.perf_counter() - began,
-        notes=tuple(notes),
+        notes=(*told, *notes),
         residual=residual,
         residual_names=tuple(worker.residual_names),
         _single=single,
@@ -182,6 +189,28 @@ def _frame_and_keys(data: Any, by: str | list[str]) -> tuple[Any, list[Any]]:
     if isinstance(data, pd.DataFrame):
         data = data.set_axis(pd.RangeIndex(len(data)))
     return data, [columns[name] for name in names]
+
+
+def _constant_terms(formula: str, by: str | list[str]) -> list[str]:
+    """A note if fixed terms read ``by``, which is constant within each data set."""
+    names, parsed = {by} if isinstance(by, str) else set(by), parse(formula)
+    for bar in parsed.bars:
+        if {name.id for factor in bar.factors for name in names_in(factor)} <= names:
+            raise FormulaError(
+                f"found {bar.text} and by={by!r}: the grouping factor has one level in each data "
+                f"set; leave the term out."
+            )
+    nodes, labels = parsed.terms.nodes, parsed.terms.labels
+    constant = [not names.isdisjoint(name.id for name in names_in(node)) for node in nodes]
+    pairs = zip(parsed.terms.terms, labels, strict=True)
+    found = [label for term, label in pairs if any(constant[v] for v in term)]
+    if not found:
+        return []
+    what = "a term reads" if len(found) == 1 else "terms read"
+    return [
+        f"{what} by={by!r}, which is constant within each data set: {', '.join(found)}; the "
+        "coefficients are NaN or take the place of those that they repeat: leave it out."
+    ]
 
 
 def _items(keys: list[Any], rows: np.ndarray, by: Any) -> tuple[pd.Index, np.ndarray]:

@@ -447,6 +447,18 @@ def test_groups_equal_single_fits(ragged: pd.DataFrame) -> None:
     assert made.loglik["set03"] == pytest.approx(fit.loglik, abs=1e-8)
 
 
+def test_a_formula_that_reads_by_is_told(ragged: pd.DataFrame) -> None:
+    plain = lmm.fit_groups("y ~ x", ragged, by="k")
+    assert plain.notes == ()
+    made = lmm.fit_groups("y ~ x * k", ragged, by="k")
+    (note,) = made.notes
+    assert "by='k'" in note and ": k, x:k;" in note and "leave it out" in note
+    assert note in str(made)
+    np.testing.assert_allclose(made.loglik, plain.loglik, rtol=1e-9)
+    with pytest.raises(lmm.FormulaError, match="one level in each data set"):
+        lmm.fit_groups("y ~ x + (1 | k)", ragged, by="k")
+
+
 def test_groups_say_what_is_wrong(ragged: pd.DataFrame) -> None:
     with pytest.raises(lmm.DataError, match="no column"):
         lmm.fit_groups("y ~ x + (1 | g)", ragged, by="nothing")
