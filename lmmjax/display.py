@@ -349,7 +349,9 @@ def fit_page(fit: Fit, level: float = 0.95) -> Page:
         cells = [
             [str(name), value] for name, value in zip(params.index, numbers(params), strict=True)
         ]
-        blocks.append(TextTable(["", "Estimate"], cells, caption="Residual structure"))
+        row = _reference_row(fit.model)
+        caption = f"Residual structure (residual SD: at {row})" if row else "Residual structure"
+        blocks.append(TextTable(["", "Estimate"], cells, caption=caption))
     if len(fit.model.design.x_names):
         caption = f"Fixed effects ({DF_WORDS.get(fit.df, fit.df)})"
         blocks.append(coef_table_text(fit.coef_table(level=level), level, caption))
@@ -371,7 +373,25 @@ def _criteria_line(fit: Fit) -> str:
 
 def _sigma_line(fit: Fit) -> str:
     df = fit.n_obs - len(fit.model.design.x_names)
-    return f"Residual standard deviation: {numbers([fit.sigma])[0]} ({df} degrees of freedom)"
+    row = _reference_row(fit.model)
+    where = f" at {row}" if row else ""
+    value = numbers([fit.sigma])[0]
+    return f"Residual standard deviation{where}: {value} ({df} degrees of freedom)"
+
+
+def _reference_row(model: Model) -> str:
+    """Which rows σ is the SD of, in words; empty for equal variances."""
+    if not model.is_structured:
+        return ""
+    from lmmjax.expr import deparse
+    from lmmjax.residual.language import parse_residual
+
+    spec = parse_residual(model.residual)
+    words = {"ident": "the first level of {}", "power": "|{}| = 1", "exp": "{} = 0"}
+    found = [words[v.kind].format(deparse(v.node)) for v in spec.estimated]
+    if spec.correlation is not None and spec.correlation.heterogeneous:
+        found.insert(0, "the first position")
+    return ", ".join(found)
 
 
 def _warning_lines(fit: Fit) -> list[str]:

@@ -154,10 +154,8 @@ def test_cases_of_sas_among_degrees_of_freedom() -> None:
 
 # -- all other lines: the call exists -------------------------------------------------------------
 
-KNOWN = {
-    "m": lmm.Fit, "ml": lmm.Fit, "u": lmm.Fit, "f": lmm.Fit, "fit": lmm.Fit,
-    "model": lmm.Model, "post": Posterior,
-}  # fmt: skip
+FITS = ("m", "ml", "u", "f", "fit", "small", "mmrm")
+KNOWN = {**dict.fromkeys(FITS, lmm.Fit), "model": lmm.Model, "post": Posterior, "lmm": lmm}
 RESULTS = {"Model": lmm.Model, "fit": lmm.Fit, "sample": Posterior, "influence": Influence}
 OTHERS = {"az": "arviz", "dist": "numpyro.distributions"}
 
@@ -187,7 +185,9 @@ def check(node: ast.AST) -> int:
         if isinstance(part.func, ast.Name):
             inspect.signature(getattr(lmm, part.func.id)).bind(*part.args, **keywords)
             seen += 1
-        elif cls := owner(part.func.value):
+        elif (cls := owner(part.func.value)) is lmm:
+            inspect.signature(getattr(lmm, part.func.attr)).bind(*part.args, **keywords)
+        elif cls:
             inspect.signature(getattr(cls, part.func.attr)).bind(None, *part.args, **keywords)
         elif isinstance(part.func.value, ast.Name):
             module = pytest.importorskip(OTHERS[part.func.value.id])
@@ -223,3 +223,11 @@ def test_no_section_is_forgotten() -> None:
 @pytest.mark.parametrize("snippet", dict.fromkeys(s for s, _ in SNIPPETS))
 def test_call_exists(snippet: str) -> None:
     assert check(ast.parse(snippet, mode="eval")) > 0
+
+
+def test_calls_of_the_readme_exist() -> None:
+    readme = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Inference\n")[1].split("\n## ")[0]
+    code = "".join(block.split("```")[0] for block in section.split("```python\n")[1:])
+    assert all(check(line) for line in ast.parse(code).body if isinstance(line, ast.Expr))
+    assert check(ast.parse(code)) > 25

@@ -66,6 +66,28 @@ def test_a_linear_model_has_no_random_table():
     assert "residual degrees of freedom" in text
 
 
+@pytest.mark.parametrize(
+    ("residual", "expected"),
+    [
+        (None, ""),
+        ("ar1(1 | Subject)", ""),
+        ("un(age | Subject)", "the first position"),
+        ("cs(1 | Subject) * varident(Sex) * varpower(age)", "the first level of Sex, |age| = 1"),
+    ],
+)
+def test_the_row_of_the_residual_sd(residual, expected):
+    data = lmm.load_dataset("Orthodont")
+    model = lmm.Model("distance ~ age", data, residual=residual)
+    assert display._reference_row(model) == expected
+
+
+def test_unequal_variances_say_whose_sd_is_printed():
+    model = lmm.Model("distance ~ age", lmm.load_dataset("Orthodont"), residual="varident(Sex)")
+    text = repr(model.fit())
+    assert "Residual standard deviation at the first level of Sex: " in text
+    assert "Residual structure (residual SD: at the first level of Sex)" in text
+
+
 def test_a_model_prints_before_it_is_fitted():
     model = lmm.Model("Reaction ~ Days + (Days | Subject)", lmm.load_dataset("sleepstudy"))
     expected = """
