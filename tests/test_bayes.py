@@ -374,6 +374,7 @@ def mcse(x):
 NAMES = ["beta", "sd_Subject", "cor_Subject", "sigma", "ranef_Subject"]
 
 
+@pytest.mark.slow
 def test_noncentered_draws_agree_with_marginal_ones(sleep, posterior):
     assert_same_posterior(posterior, sample(sleep, form="noncentered", draws=500, seed=2), NAMES)
 
