@@ -164,7 +164,7 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         def joint(L: np.ndarray) -> tuple[float, float]:
             return (np.inf, 1.0) if df == "wald" else s.joint(L)
 
-        return hypothesis.Method("robust", self._fit._beta, s.vcov, degrees, joint)
+        return hypothesis.Method("robust", self._fit._beta, s.vcov, degrees, joint, s.check)
 
     # -- hypotheses -------------------------------------------------------------------------------
 
