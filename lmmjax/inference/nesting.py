@@ -56,6 +56,26 @@ def keeps_rows(fit: Fit) -> bool:
     return isinstance(fit.model.design, Design)
 
 
+def check_fitted(fits: Any) -> None:
+    """Refuse what is not a fit, such as a model.
+
+    Raises
+    ------
+    ComparisonError
+    """
+    from lmmjax.fit import Fit
+    from lmmjax.model import Model
+
+    for fit in fits:
+        if isinstance(fit, Model):
+            raise ComparisonError(
+                f"found the model {fit.formula}, which is not fitted; expected fits. Fit it first: "
+                "model.fit()."
+            )
+        if not isinstance(fit, Fit):
+            raise ComparisonError(f"found a {type(fit).__name__}; expected results of Model.fit.")
+
+
 def check_same_data(fits: Any) -> None:
     """Refuse fits of different rows, responses, weights or offsets.
 
@@ -252,6 +272,11 @@ def _check_residuals(small: Model, big: Model) -> None:
         return
     if other is not None and contains(other, own):
         return
+    if other is None or contains(own, other):
+        raise ComparisonError(
+            f"found residual structures {small.residual!r} and {big.residual!r}, of which the "
+            "first is the larger; expected the smaller model first. Swap the arguments."
+        )
     raise ComparisonError(
         f"found residual structures {small.residual!r} and {big.residual!r}; expected independent "
         "residuals in the first model, the same structure in both, or one that the second's "
