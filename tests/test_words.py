@@ -41,6 +41,9 @@ def test_criteria_by_name(plain: lmm.Fit, structured: lmm.Fit) -> None:
 def test_larger_residual_structure_first(plain: lmm.Fit, structured: lmm.Fit) -> None:
     with pytest.raises(lmm.ComparisonError, match="Swap the arguments"):
         lmm.lrt(structured, plain)
+    mixed = lmm.Model("distance ~ age * Sex + (1 | Subject)", lmm.load_dataset("Orthodont"))
+    with pytest.raises(lmm.ComparisonError, match="Compare them by aic_table"):
+        lmm.lrt(structured, mixed.fit(method="ML"))
 
 
 def test_first_subject_by_default(structured: lmm.Fit) -> None:

@@ -266,13 +266,20 @@ def _refuse(term: Any, why: str) -> NoReturn:
     )
 
 
+def _size(model: Model) -> tuple[int, int]:
+    """Numbers of fixed effects and of parameters of the random ones."""
+    design = model.design
+    return design.X.shape[1], sum(covariance(t.cov, len(t.names)).n_theta for t in design.terms)
+
+
 def _check_residuals(small: Model, big: Model) -> None:
     own, other = small.design.residual, big.design.residual
     if own is None or small.residual == big.residual:
         return
     if other is not None and contains(other, own):
         return
-    if other is None or contains(own, other):
+    # the first is nested in the second but for the residuals: the other way round only if equal
+    if _size(small) == _size(big) and (other is None or contains(own, other)):
         raise ComparisonError(
             f"found residual structures {small.residual!r} and {big.residual!r}, of which the "
             "first is the larger; expected the smaller model first. Swap the arguments."
