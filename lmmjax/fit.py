@@ -565,13 +565,13 @@ class Fit(InferenceMethods):
             self.model.design, self._beta, lams, self.sigma, n=n, seed=seed, phi=self.phi
         )
 
-    def marginal_cov(self, level: Any, group: str | None = None) -> MarginalCov:
+    def marginal_cov(self, level: Any = None, group: str | None = None) -> MarginalCov:
         """V_i = Z_i D Z_i' + Σ_i of one subject, and its correlation matrix.
 
         Parameters
         ----------
-        level : label
-            A level of ``group``.
+        level : label, optional
+            A level of ``group``; by default the first, as nlme's getVarCov.
         group : str, optional
             May be left out where the model has one grouping factor, or a nested hierarchy (then
             the outermost). The residual subjects count as a group.

@@ -44,7 +44,7 @@ def marginal_cov(
     import pandas as pd
 
     term = _subject_term(design, group)
-    found = np.flatnonzero(term.levels == str(level))
+    found = np.flatnonzero(term.levels == str(term.levels[0] if level is None else level))
     if found.size == 0:
         raise DataError(
             f"level {level!r} is not a level of {term.group}; expected one of "

@@ -13,7 +13,7 @@ from lmmjax import buckets, derivatives, gram, start
 from lmmjax import likelihood as lk
 from lmmjax.collapse import collapse
 from lmmjax.design import Design, build_design
-from lmmjax.errors import DataError, DesignError, FormulaError, LmmError
+from lmmjax.errors import DataError, DesignError, LmmError
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import require_float64
 from lmmjax.residual.language import ResidualSpec, parse_residual
@@ -34,7 +34,7 @@ MANY_LEVELS = 1000
 def check_method(method: str) -> str:
     """Normalise "reml" / "REML" and refuse anything else."""
     if not isinstance(method, str) or method.upper() not in METHODS:
-        raise FormulaError(f"method={method!r} is unknown; expected 'REML' or 'ML'.")
+        raise LmmError(f"method={method!r} is unknown; expected 'REML' or 'ML'.")
     return method.upper()
 
 

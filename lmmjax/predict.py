@@ -40,7 +40,7 @@ def predict(
     if kind != "population" and new_levels == "raise":
         _refuse_new_levels(fit, new)
     mean = new.X @ fit._beta + new.offset
-    known = _known(fit.model, newdata, kind, fit.phi)
+    known = _known(fit.model, newdata, kind, fit.phi, new_levels)
     if kind != "population":
         for (z, codes, _), b in zip(new.terms, fit._term_effects(), strict=True):
             seen = codes >= 0
@@ -50,7 +50,7 @@ def predict(
         mean += np.array([k.weights @ residuals[k.rows] for k in known])
     if interval is None:
         return pd.Series(mean, index=new.rows, name="prediction")
-    sd = _residual_sd(fit.model, newdata, fit.phi)
+    sd = _residual_sd(fit.model, newdata, fit.phi) if interval == "prediction" else 1.0
     se = np.sqrt(_variance(fit, new, kind, interval, known, sd))
     half = _quantile(fit, check_level(level)) * se
     columns = {"estimate": mean, "std_error": se, "low": mean - half, "high": mean + half}
@@ -96,7 +96,7 @@ def _quantile(fit: Fit, level: float) -> float:
     return float(stats.t.ppf(0.5 + level / 2, df))
 
 
-def _known(model: Model, newdata: Any, kind: str, phi: np.ndarray) -> list[Known]:
+def _known(model: Model, newdata: Any, kind: str, phi: np.ndarray, new_levels: str) -> list[Known]:
     """What the subjects' rows tell of the residuals of new rows, for ``kind="next"``."""
     if kind != "next":
         return []
@@ -108,7 +108,7 @@ def _known(model: Model, newdata: Any, kind: str, phi: np.ndarray) -> list[Known
         )
     from lmmjax.residual.new import encode, known_residuals
 
-    return known_residuals(model.design, encode(model, newdata), phi)
+    return known_residuals(model.design, encode(model, newdata, new_subjects=new_levels), phi)
 
 
 def _residual_sd(model: Model, newdata: Any, phi: np.ndarray) -> np.ndarray | float:
@@ -121,7 +121,7 @@ def _residual_sd(model: Model, newdata: Any, phi: np.ndarray) -> np.ndarray | fl
         return relative_sd(residual, phi, model.design.weights)
     if residual is None:
         return 1.0
-    return encode(model, newdata).sd(residual.structure, phi)
+    return encode(model, newdata, variances=True).sd(residual.structure, phi)
 
 
 def _variance(

@@ -517,7 +517,7 @@ def test_unknown_optimizers(model: lmm.Model, bad: Any) -> None:
 
 
 def test_unknown_method(model: lmm.Model) -> None:
-    with pytest.raises(lmm.FormulaError, match="expected 'REML' or 'ML'"):
+    with pytest.raises(lmm.LmmError, match="expected 'REML' or 'ML'"):
         model.fit(method="MLE")
 
 

@@ -776,3 +776,21 @@ def test_type_one_error_of_a_group_level_effect() -> None:
     assert rate["wald"] > 0.05 + 4 * error
     assert abs(rate["kenward-roger"] - 0.05) < 3 * error
     assert rate["satterthwaite"] < rate["wald"] - 3 * error
+
+
+def test_sandwich_refuses_too_few_groups_and_vanishing_scores() -> None:
+    data = lmm.load_dataset("Orthodont")
+    fit = lmm.Model("distance ~ age * Sex", data).fit()
+    for call in (fit.coef_table, fit.anova):
+        with pytest.raises(LmmError, match="scores of all 2 groups vanish"):
+            call(vcov="robust", group="Sex")
+    with pytest.raises(lmm.errors.DataError, match=r"column of the fixed part .*age"):
+        fit.vcov("robust", group="sex")
+    alone = (data["Subject"] == "M01").to_numpy().astype(float)
+    one = lmm.Model("distance ~ 0 + alone + rest", data.assign(alone=alone, rest=1 - alone)).fit()
+    with pytest.raises(LmmError, match="vanish"):
+        one.coef_table(vcov="robust", group=data["Subject"].to_numpy())
+    two = lmm.Model("distance ~ Sex + alone", data.assign(alone=alone)).fit()
+    with pytest.raises(LmmError, match="vanish"):
+        L = np.array([[1.0, 0.0, 1.0]])
+        two.test(L, vcov="robust", group=data["Subject"].to_numpy())

@@ -352,6 +352,33 @@ def test_next_visit_is_the_conditional_expectation(sleep_fit: lmm.Fit) -> None:
     np.testing.assert_allclose(got["std_error"], np.sqrt(var), rtol=1e-8)
 
 
+def test_next_visit_of_an_unknown_subject_is_refused() -> None:
+    data = lmm.load_dataset("Orthodont")
+    fit = lmm.Model("distance ~ age", data, residual="ar1(1 | Subject)").fit()
+    new = pd.DataFrame({"age": [16, 16], "Subject": ["M01", "M1"]})
+    with pytest.raises(lmm.DataError, match=r"levels of Subject .* M1; expected known"):
+        fit.predict(new, kind="next")
+    got = fit.predict(new, kind="next", new_levels="population")
+    plain = fit.predict(new, kind="population")
+    assert got[1] == plain[1]
+    assert got[0] != plain[0]
+
+
+def test_population_intervals_need_no_residual_subject() -> None:
+    data = lmm.load_dataset("Orthodont")
+    new = pd.DataFrame({"age": [8, 14], "Subject": ["M01", "M01"]})
+    for residual in ("cs(1 | Subject)", "csh(age | Subject)"):
+        fit = lmm.Model("distance ~ 1", data, residual=residual).fit()
+        for interval in ("confidence", "prediction"):
+            got = fit.predict(new[["age"]], kind="population", interval=interval)
+            want = fit.predict(new, kind="population", interval=interval)
+            np.testing.assert_array_equal(got, want)
+    # in the last structure the variance depends on the position
+    assert want["std_error"][0] != want["std_error"][1]
+    with pytest.raises(lmm.DataError, match="age"):
+        fit.predict(new[["Subject"]], kind="population", interval="prediction")
+
+
 def test_prediction_interval_has_the_variance_of_the_row() -> None:
     fit = lmm.Model(
         "weight ~ Time", lmm.load_dataset("BodyWeight"), residual="varident(Diet)"

@@ -35,7 +35,7 @@ def predict(
     new = _new_design(result, newdata, kind != "population" or interval == "prediction", offset)
     if kind != "population" and new_levels == "raise":
         _refuse_new_levels(result, new)
-    shift, left = _residuals(posterior, newdata, kind, len(new.X), interval)
+    shift, left = _residuals(posterior, newdata, kind, len(new.X), interval, new_levels)
     mean = _means(posterior, new, kind)
     if shift is not None:
         mean = mean + shift.mean(axis=0)
@@ -67,11 +67,16 @@ def predict(
 
 @in_float64
 def _residuals(
-    posterior: Posterior, newdata: Any, kind: str, m: int, interval: str | None
+    posterior: Posterior,
+    newdata: Any,
+    kind: str,
+    m: int,
+    interval: str | None,
+    new_levels: str,
 ) -> tuple[np.ndarray | None, Any]:
     """By draw: the mean of the new rows' residuals, if it is known, and their SDs over σ."""
     model, phi = posterior.model, posterior._phi()
-    known = _known(model, newdata, kind, phi)
+    known = _known(model, newdata, kind, phi, new_levels)
     if not known:
         return None, _residual_sd(model, newdata, phi) if interval == "prediction" else 1.0
     shift, left = np.empty((2, len(phi), m))

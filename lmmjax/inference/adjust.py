@@ -18,7 +18,9 @@ def check(adjust: str) -> str:
     """The adjustment under its own name; refuse an unknown one ("fdr" is R's other name of bh)."""
     adjust = "bh" if adjust == "fdr" else adjust
     if adjust not in METHODS:
-        raise LmmError(f"adjust={adjust!r} is unknown; expected one of {', '.join(METHODS)}.")
+        raise LmmError(
+            f"adjust={adjust!r} is unknown; expected one of {', '.join(METHODS)}, or 'fdr' for bh."
+        )
     return adjust
 
 

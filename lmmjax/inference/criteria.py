@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lmmjax.errors import ComparisonError
-from lmmjax.inference.nesting import check_converged, check_same_data, keeps_rows, label
+from lmmjax.inference.nesting import (
+    check_converged,
+    check_fitted,
+    check_same_data,
+    keeps_rows,
+    label,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,13 +24,14 @@ if TYPE_CHECKING:
 COLUMNS = ("n_params", "loglik", "aic", "aicc", "bic")
 
 
-def aic_table(*fits: Fit) -> pd.DataFrame:
+def aic_table(*fits: Fit | Mapping[str, Fit], **named: Fit) -> pd.DataFrame:
     """Compare fits, nested or not, by information criteria.
 
     Parameters
     ----------
-    *fits : Fit
-        Of the same rows and response, by one method. REML fits must have the same X. Models of
+    *fits, **named : Fit
+        Fits, or dicts of fits by name: of the same rows and response, by one method. REML fits
+        must have the same X. Models of
         ``Model.from_table`` keep no rows: what is compared is the number of rows, the text of
         response and offset, the sum of the log weights and, under REML, the names of the columns
         of X. That they are of one table is for the caller to know.
@@ -31,8 +39,9 @@ def aic_table(*fits: Fit) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index: the formulas, in the order given. ``n_params loglik aic aicc bic``; ``delta``, the
-        difference from the smallest AIC; ``weight``, Akaike weights. n = rows in AICc and BIC.
+        Index: the names or formulas, in the order given. ``n_params loglik aic aicc bic``;
+        ``delta``, the difference from the smallest AIC; ``weight``, Akaike weights.
+        n = rows in AICc and BIC.
 
     Raises
     ------
@@ -55,22 +64,33 @@ def aic_table(*fits: Fit) -> pd.DataFrame:
     """
     import pandas as pd
 
-    if not fits:
+    rows = _labelled((*fits, named))
+    found = tuple(fit for _, fit in rows)
+    if not found:
         raise ComparisonError("found no fits; expected one or more. Call aic_table(fit1, fit2).")
-    if any(keeps_rows(f) for f in fits):
-        check_same_data(fits)
+    check_fitted(found)
+    if any(keeps_rows(f) for f in found):
+        check_same_data(found)
     else:
-        _check_same_sums(fits)
-    check_converged(fits)
-    _check_criteria(fits)
+        _check_same_sums(found)
+    check_converged(found)
+    _check_criteria(found)
     table = pd.DataFrame(
-        {name: [getattr(f, name) for f in fits] for name in COLUMNS},
-        index=pd.Index([label(f) for f in fits], name="model"),
+        {name: [getattr(f, name) for f in found] for name in COLUMNS},
+        index=pd.Index([name or label(f) for name, f in rows], name="model"),
     )
     table["delta"] = table["aic"] - table["aic"].min()
     relative = np.exp(-0.5 * table["delta"])
     table["weight"] = relative / relative.sum()
     return table
+
+
+def _labelled(given: tuple[Fit | Mapping[str, Fit], ...]) -> list[tuple[str | None, Fit]]:
+    """Fits with their names, where they have any."""
+    rows: list[tuple[str | None, Fit]] = []
+    for one in given:
+        rows += [(str(k), f) for k, f in one.items()] if isinstance(one, Mapping) else [(None, one)]
+    return rows
 
 
 def _check_same_sums(fits: tuple[Fit, ...]) -> None:

@@ -78,7 +78,7 @@ def build(
             "this model does not keep the columns of its fixed part, so no reference grid can be "
             "built; expected a model built from a table in memory. Use test() with coefficients."
         )
-    given = {k: _as_list(v) for k, v in (at or {}).items()}
+    given = {k: as_list(v) for k, v in (at or {}).items()}
     unknown = set(given) - set(design.spec.levels)
     if unknown:
         raise DataError(
@@ -99,7 +99,8 @@ def build(
     return Grid(shown, index[:, where], estimable_rows(design, full))
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """A value, or several, as a list."""
     if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
         return [value]
     return list(value)

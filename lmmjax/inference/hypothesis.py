@@ -50,9 +50,11 @@ class Method:
     vcov: np.ndarray  # (p, p), of the statistics
     degrees: Callable[[np.ndarray], np.ndarray]  # (r, p) -> (r,)
     joint: Callable[[np.ndarray], tuple[float, float]]  # rows of full rank -> den_df, scaling
+    check: Callable[[np.ndarray], None] = lambda L: None  # refuses rows it cannot judge
 
     def std_errors(self, L: np.ndarray) -> np.ndarray:
         """Standard errors of the rows of Lβ̂, (r,)."""
+        self.check(L)
         return np.sqrt(np.einsum("ri,ij,rj->r", L, self.vcov, L))
 
     def f_test(self, L: np.ndarray, rhs: np.ndarray) -> FTest:
@@ -63,6 +65,7 @@ class Method:
         LmmError
             Dependent rows whose right-hand sides contradict each other.
         """
+        self.check(L)
         L, difference = independent(L, L @ self.beta - rhs, self.vcov)
         q = len(L)
         if q == 0:

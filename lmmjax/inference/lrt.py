@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmmjax.errors import ComparisonError, LmmError
-from lmmjax.inference.nesting import Pair, label, pair
+from lmmjax.inference.nesting import Pair, check_fitted, label, pair
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,6 +124,7 @@ def lrt(
         raise LmmError(f"refit={refit!r} is unknown; expected None or 'ml'.")
     if n is not None and not (isinstance(n, int | np.integer) and n >= 1):
         raise LmmError(f"n={n!r} is not a number of draws; expected an integer, 1 or more.")
+    check_fitted((small, big))
     if refit:
         small, big = (f if f.method == "ML" else f.model.fit(method="ML") for f in (small, big))
     the_pair = pair(small, big)

@@ -109,11 +109,14 @@ def trends(
     return up._replace(L=(up.L - down.L) / (2 * step))
 
 
-def interaction_note(design: Design, names: Sequence[str]) -> str | None:
+def interaction_note(
+    design: Design, names: Sequence[str], at: Mapping[str, Any] | None = None
+) -> str | None:
     """What is averaged over though it interacts with what is asked for, in words.
 
-    As emmeans' note on involvement in interactions.
+    As emmeans' note on involvement in interactions; what ``at`` holds at one value is not averaged.
     """
+    held = {c for c, value in (at or {}).items() if len(grids.as_list(value)) == 1}
     terms = design.spec.parsed.terms
     known = zip(terms.variables, terms.nodes, strict=True)
     nodes = {text: {x.id for x in names_in(node)} for text, node in known}
@@ -122,13 +125,15 @@ def interaction_note(design: Design, names: Sequence[str]) -> str | None:
     for variables in design.spec.term_variables.values():
         used = {c for v in variables for c in nodes[v] & raw}
         if len(used) > 1 and used & set(names):
-            others |= dict.fromkeys(sorted(used - set(names)))
+            others |= dict.fromkeys(sorted(used - set(names) - held))
     return NOTE.format(", ".join(others), ", ".join(names)) if others else None
 
 
-def noted(frame: pd.DataFrame, design: Design, names: Sequence[str]) -> pd.DataFrame:
+def noted(
+    frame: pd.DataFrame, design: Design, names: Sequence[str], at: Mapping[str, Any] | None
+) -> pd.DataFrame:
     """The frame with :func:`interaction_note` in its ``attrs``, if there is one."""
-    note = interaction_note(design, names)
+    note = interaction_note(design, names, at)
     if note is not None:
         frame.attrs["note"] = note
     return frame
@@ -172,7 +177,13 @@ def frame(m: Method, c: Combinations, what: str, shift: float, level: float) -> 
 
 
 def compare(
-    m: Method, c: Combinations, n_by: int, method: Any, adjust: str | None, seed: int = 0
+    m: Method,
+    c: Combinations,
+    n_by: int,
+    method: Any,
+    adjust: str | None,
+    seed: int = 0,
+    ref: Any = None,
 ) -> pd.DataFrame:
     """Contrasts of the means of each combination of the last ``n_by`` factors, family by family."""
     import pandas as pd
@@ -184,7 +195,7 @@ def compare(
     labels, rows, sizes = [], [], []
     for family in families:
         members = [i for i, lv in enumerate(c.levels) if lv[own:] == family]
-        made = coefficients([" ".join(c.levels[i][:own]) for i in members], method)
+        made = coefficients([" ".join(c.levels[i][:own]) for i in members], method, ref)
         for text, weights in made.items():
             labels.append((text, *family))
             used = weights != 0
@@ -245,7 +256,7 @@ def _default(method: Any) -> str:
     return "holm" if isinstance(method, str) and method in CONTROL else "none"
 
 
-def coefficients(levels: list[str], method: Any) -> dict[str, np.ndarray]:
+def coefficients(levels: list[str], method: Any, ref: Any = None) -> dict[str, np.ndarray]:
     """Weights of the means per contrast, by label.
 
     Parameters
@@ -253,6 +264,8 @@ def coefficients(levels: list[str], method: Any) -> dict[str, np.ndarray]:
     levels : list of str
     method : {"pairwise", "trt.vs.ctrl", "control", "poly"} or dict
         A dict gives ``{"label": [weight per level]}``.
+    ref : str, optional
+        The control; by default the first level.
 
     Examples
     --------
@@ -260,22 +273,37 @@ def coefficients(levels: list[str], method: Any) -> dict[str, np.ndarray]:
     {'linear': [-1.0, 0.0, 1.0], 'quadratic': [1.0, -2.0, 1.0]}
     """
     k, e = len(levels), np.eye(len(levels))
+    control = _control(levels, method, ref)
     if isinstance(method, Mapping):
         return {str(name): _custom(name, w, k) for name, w in method.items()}
     if method == "pairwise":
         pairs = itertools.combinations(range(k), 2)
         return {f"{levels[i]} - {levels[j]}": e[i] - e[j] for i, j in pairs}
     if method in CONTROL:
-        return {f"{levels[i]} - {levels[0]}": e[i] - e[0] for i in range(1, k)}
+        others = [i for i in range(k) if i != control]
+        return {f"{levels[i]} - {levels[control]}": e[i] - e[control] for i in others}
     if method == "poly":
         degrees = ["linear", "quadratic", "cubic", "quartic"]
         columns = CONTRASTS["poly"](np.array(levels, object))[0].T[:6]
         names = [degrees[i] if i < 4 else f"degree {i + 1}" for i in range(len(columns))]
         return {n: _whole(c) for n, c in zip(names, columns, strict=True)}
     raise LmmError(
-        f"method={method!r} is unknown; expected 'pairwise', 'trt.vs.ctrl', 'poly' or a dict of "
-        "weights by label."
+        f"method={method!r} is unknown; expected 'pairwise', 'trt.vs.ctrl' or 'control', 'poly', "
+        "or a dict of weights by label. Dunnett's comparisons are method='control', "
+        "adjust='dunnett'."
     )
+
+
+def _control(levels: list[str], method: Any, ref: Any) -> int:
+    """Position of the control among the levels."""
+    if ref is None:
+        return 0
+    if not (isinstance(method, str) and method in CONTROL):
+        raise LmmError(f"ref={ref!r} goes with method='control'; found method={method!r}.")
+    text = " ".join(map(str, ref)) if isinstance(ref, tuple | list) else str(ref)
+    if text not in levels:
+        raise LmmError(f"ref={ref!r} is not a level; expected one of {', '.join(levels)}.")
+    return levels.index(text)
 
 
 def _custom(name: Any, weights: Any, k: int) -> np.ndarray:

@@ -164,7 +164,7 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         def joint(L: np.ndarray) -> tuple[float, float]:
             return (np.inf, 1.0) if df == "wald" else s.joint(L)
 
-        return hypothesis.Method("robust", self._fit._beta, s.vcov, degrees, joint)
+        return hypothesis.Method("robust", self._fit._beta, s.vcov, degrees, joint, s.check)
 
     # -- hypotheses -------------------------------------------------------------------------------
 
@@ -359,7 +359,7 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         names = (*means.names_of(specs), *means.names_of(by))
         c = means.averages(design, names, weights, at)
         out = means.frame(m, c, "emmean", float(np.mean(design.offset)), level)
-        return means.noted(out, design, names)
+        return means.noted(out, design, names, at)
 
     def emtrends(
         self,
@@ -401,6 +401,7 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         information: str | None = None,
         second_order: bool = True,
         seed: int = 0,
+        ref: Any = None,
     ) -> pd.DataFrame:
         """Contrasts of marginal means, or of trends.
 
@@ -418,6 +419,8 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
             comparisons with a control (emmeans calls ``dunnettx`` an approximation of it).
         seed : int
             Of that integration.
+        ref : str, optional
+            The control of ``method="control"`` if it is not the first level.
         trend : str, optional
             Compare slopes in this covariate instead of means.
         df, information, second_order, weights, at
@@ -438,8 +441,8 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
             c = means.averages(design, names, weights, at)
         else:
             c = means.trends(design, trend, names, weights, at)
-        out = means.compare(m, c, len(conditions), method, adjust, seed)
-        return means.noted(out, design, names)
+        out = means.compare(m, c, len(conditions), method, adjust, seed, ref)
+        return means.noted(out, design, names, at)
 
     # -- variances --------------------------------------------------------------------------------
 

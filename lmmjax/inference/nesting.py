@@ -56,6 +56,26 @@ def keeps_rows(fit: Fit) -> bool:
     return isinstance(fit.model.design, Design)
 
 
+def check_fitted(fits: Any) -> None:
+    """Refuse what is not a fit, such as a model.
+
+    Raises
+    ------
+    ComparisonError
+    """
+    from lmmjax.fit import Fit
+    from lmmjax.model import Model
+
+    for fit in fits:
+        if isinstance(fit, Model):
+            raise ComparisonError(
+                f"found the model {fit.formula}, which is not fitted; expected fits. Fit it first: "
+                "model.fit()."
+            )
+        if not isinstance(fit, Fit):
+            raise ComparisonError(f"found a {type(fit).__name__}; expected results of Model.fit.")
+
+
 def check_same_data(fits: Any) -> None:
     """Refuse fits of different rows, responses, weights or offsets.
 
@@ -246,12 +266,24 @@ def _refuse(term: Any, why: str) -> NoReturn:
     )
 
 
+def _size(model: Model) -> tuple[int, int]:
+    """Numbers of fixed effects and of parameters of the random ones."""
+    design = model.design
+    return design.X.shape[1], sum(covariance(t.cov, len(t.names)).n_theta for t in design.terms)
+
+
 def _check_residuals(small: Model, big: Model) -> None:
     own, other = small.design.residual, big.design.residual
     if own is None or small.residual == big.residual:
         return
     if other is not None and contains(other, own):
         return
+    # the first is nested in the second but for the residuals: the other way round only if equal
+    if _size(small) == _size(big) and (other is None or contains(own, other)):
+        raise ComparisonError(
+            f"found residual structures {small.residual!r} and {big.residual!r}, of which the "
+            "first is the larger; expected the smaller model first. Swap the arguments."
+        )
     raise ComparisonError(
         f"found residual structures {small.residual!r} and {big.residual!r}; expected independent "
         "residuals in the first model, the same structure in both, or one that the second's "

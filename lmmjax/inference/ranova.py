@@ -33,6 +33,11 @@ def ranova(fit: Fit, method: str, n: int | None, seed: int) -> pd.DataFrame:
             "found a model of a streamed table, which cannot be reduced; expected "
             "Model(formula, data)."
         )
+    if not fit.model.design.terms:
+        raise ComparisonError(
+            "found a model without random effects, so there is no random term to test; expected "
+            "one or more. Compare residual structures by lmmjax.lrt(small, big)."
+        )
     rows = {"<none>": (fit.n_params, fit.loglik, fit.aic, np.nan, np.nan, np.nan)}
     for label, terms, specs in _reductions(fit.model):
         small = _refit(fit, terms, specs, label)

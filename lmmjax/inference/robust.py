@@ -45,6 +45,9 @@ CORRECTIONS = ("CR0", "CR1", "CR2")
 #: entries of V_i held at once
 CHUNK = 2_000_000
 
+#: a robust standard error below this part of the model's is 0 but for rounding
+VANISHED = 1e-8
+
 
 @dataclass(frozen=True)
 class Sandwich:
@@ -88,6 +91,16 @@ class Sandwich:
             )
         return eta - q + 1, (eta - q + 1) / eta
 
+    def check(self, L: np.ndarray) -> None:
+        """Refuse rows of Lβ̂ for which the scores of all groups vanish."""
+        own, model = (np.einsum("ri,ij,rj->r", L, V, L) for V in (self.vcov, self.M))
+        if np.any(own < VANISHED**2 * model):
+            raise LmmError(
+                f"the scores of all {len(self.K)} groups vanish for a coefficient (or contrast), "
+                "so its robust variance is 0 but for rounding; expected more groups. Use a group "
+                "nested within this one, or leave out 'robust'."
+            )
+
     def _pairs(self, A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """h_s'V_ih_t, h_s'X_iMX_i'h_t (m, q, q) and X_i'h_s (m, q, p) for rows L M."""
         C = np.einsum("kij,sj->ksi", self.K, A)
@@ -111,7 +124,7 @@ def sandwich(fit: Fit, group: Any = None, correction: str = "CR2") -> Sandwich:
     ------
     LmmError, DataError, DesignError
         Unknown correction or group; a group that splits a level of a random effect or a residual
-        subject.
+        subject; a variance that is 0 but for rounding, as with too few groups.
 
     Notes
     -----
@@ -135,7 +148,9 @@ def sandwich(fit: Fit, group: Any = None, correction: str = "CR2") -> Sandwich:
         K[which] = np.swapaxes(X, 1, 2) @ AWX
         D[which] = np.swapaxes(AWX, 1, 2) @ V @ AWX
     factor = m / (m - 1) if correction == "CR1" else 1.0
-    return Sandwich(factor * M @ scores.T @ scores @ M, M, K, D)
+    found = Sandwich(factor * M @ scores.T @ scores @ M, M, K, D)
+    found.check(np.eye(p))
+    return found
 
 
 def _corrector(V: np.ndarray, X: np.ndarray, M: np.ndarray) -> np.ndarray:
@@ -211,8 +226,10 @@ def _codes(design: Design, group: Any) -> tuple[np.ndarray, str]:
         if group in design.columns:
             return np.unique(design.columns[group].astype(str), return_inverse=True)[1], group
         raise DataError(
-            f"group={group!r} is not a grouping factor; expected one of "
-            f"{[f[0] for f in _factors(design)]} or an array with a label for each row used."
+            f"group={group!r} is not a grouping factor nor a column known here; expected one of "
+            f"{[f[0] for f in _factors(design)]}, a column of the fixed part "
+            f"({', '.join(design.columns) or 'none is kept'}), or an array with a label for each "
+            "row used."
         )
     labels = np.asarray(group)
     if labels.shape != (design.n,):

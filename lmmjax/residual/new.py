@@ -15,6 +15,7 @@ from lmmjax.expr import deparse
 from lmmjax.precision import in_float64
 from lmmjax.residual.covariance import relative_sd
 from lmmjax.residual.frame import Residuals, evaluate_residual
+from lmmjax.residual.language import Correlation, ResidualSpec
 from lmmjax.residual.structures import ARMA, Autoregressive, Family, Structure, Toeplitz
 from lmmjax.table import Table
 
@@ -35,8 +36,18 @@ class NewRows(NamedTuple):
         return np.exp(phi[..., structure.n_corr :] @ self.H.T)
 
 
-def encode(model: Model, newdata: Any) -> NewRows:
+def encode(
+    model: Model, newdata: Any, *, new_subjects: str = "population", variances: bool = False
+) -> NewRows:
     """Evaluate the residual structure's variables on new data, coded as in training.
+
+    Parameters
+    ----------
+    new_subjects : {"raise", "population"}
+        Whether subjects that were not in training are refused.
+    variances : bool
+        Only what the rows' own variances depend on is asked for: mostly neither the subject nor
+        the position, which are then no numbers to rely on.
 
     Raises
     ------
@@ -45,10 +56,11 @@ def encode(model: Model, newdata: Any) -> NewRows:
     """
     r, spec = model.design.residual, model.design.spec
     assert r is not None
+    own = _variance_part(r.spec) if variances else r.spec
     table = Table(newdata, "newdata")
-    columns = table.read(r.spec.nodes)
+    columns = table.read(own.nodes)
     ev = Evaluator(columns, len(table), spec.states, learn=False, safe=spec.safe)
-    values = evaluate_residual(r.spec, ev)
+    values = evaluate_residual(own, ev)
     for name, value in values.items():
         if np.any(is_missing(value)):
             what = name.strip("|") or "the subject"
@@ -58,9 +70,31 @@ def encode(model: Model, newdata: Any) -> NewRows:
             )
     m = len(table)
     subject = np.arange(m) - m - 1 if not r.correlated else _subject(r, values, m)
-    pos, place = _positions(r, values, subject, m)
+    if new_subjects == "raise" and r.correlated:
+        _refuse_new_subjects(r, values, subject)
+    pos, place = _positions(r, own.correlation, values, subject, m)
     H = _design(r, values, place, m) - np.asarray(r.structure.variances.shifts, float)
     return NewRows(subject, pos, H)
+
+
+def _variance_part(spec: ResidualSpec) -> ResidualSpec:
+    """The structure without the variables that only correlations depend on."""
+    c = spec.correlation
+    if c is None or not c.heterogeneous:
+        return replace(spec, correlation=None)
+    # without a variable the position is the order of the rows within their subject
+    return replace(spec, correlation=replace(c, subject=())) if c.positions else spec
+
+
+def _refuse_new_subjects(r: Residuals, values: dict[str, Any], subject: np.ndarray) -> None:
+    if np.any(subject < 0):
+        factor = values["|"]
+        unseen = sorted({str(factor.levels[c]) for c in factor.codes[subject < 0]})
+        raise DataError(
+            f"newdata has levels of {r.subject_name} that were not in the training data: "
+            f"{', '.join(unseen[:5])}{' ...' if len(unseen) > 5 else ''}; expected known residual "
+            "subjects. Use new_levels='population' to predict them with residuals of 0."
+        )
 
 
 def _subject(r: Residuals, values: dict[str, Any], m: int) -> np.ndarray:
@@ -76,9 +110,8 @@ def _place(factor: Factor, levels: Any) -> np.ndarray:
 
 
 def _positions(
-    r: Residuals, values: dict[str, Any], subject: np.ndarray, m: int
+    r: Residuals, c: Correlation | None, values: dict[str, Any], subject: np.ndarray, m: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    c = r.spec.correlation
     if c is None:
         return np.zeros((m, 1)), np.zeros(m, int)
     if not c.positions:
