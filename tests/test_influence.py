@@ -154,6 +154,7 @@ def test_refits_equal_refits(method: str) -> None:
         assert table.loc[level, "cooks_d"] == pytest.approx(cooks, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_crossed_refits_equal_refits() -> None:
     fit = fit_of(*FITS["crossed"])
     table, frame = fit.influence(refit=True).groups("sample"), lmm.load_dataset("Penicillin")
