@@ -266,5 +266,5 @@ def _by(fit: Fit, method: str) -> Fit:
     if fit.method == method:
         return fit
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SingularFitWarning)
+        warnings.simplefilter("ignore", SingularFitWarning)  # that of the caller's fit was told
         return fit.model.fit(method=method)

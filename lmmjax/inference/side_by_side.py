@@ -127,7 +127,7 @@ def _without(fit: Fit, j: int) -> Fit:
         k: v for k, v in fit.model.__dict__.items() if k in ("formula", "residual", "dtype")
     } | {"design": smaller}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SingularFitWarning)
+        warnings.simplefilter("ignore", SingularFitWarning)  # that of a model nobody asked for
         return model.fit(method="ML")
 
 
