@@ -30,10 +30,12 @@ from lmmjax.optimize import (
     MAX_ITERATIONS,
     SINGULAR_TOLERANCE,
     Optimum,
+    certified,
 )
 from lmmjax.residual import program as structured
 from lmmjax.residual.source import Source
 from lmmjax.residual.structures import Structure
+from lmmjax.solution import PROMISE
 
 #: verdicts; the first two are usable fits
 OK, SINGULAR, LIMIT, NOT_FINITE, STUCK, EXACT, TOO_FEW, NOT_RUN, UNFIT = range(9)
@@ -66,6 +68,8 @@ class Items(NamedTuple):
     hessian: Any  # (m, n_theta, n_theta)
     n_evals: Any
     raw_status: Any  # of optimize.STATUS
+    promised: Any  # (m,) decrease that a Newton step still promises
+    lowest: Any  # (m,) eigenvalue of the Hessian
     beta: Any  # (m, p)
     unscaled_vcov: Any  # (m, p, p), times sigma2
     sigma2: Any  # (m,)
@@ -92,7 +96,7 @@ def _one(layout: Layout, method: str, gram: Any, rhs: Any, theta0: jax.Array) ->
         _, gradient, hessian = derivatives.value_gradient_hessian(
             layout, method, best.theta, gram, rhs
         )
-        best = best._replace(gradient=gradient, hessian=hessian)
+        best = certified(best, gradient, hessian)
     _, dV = derivatives.vcov_and_derivative(layout, method, best.theta, gram, rhs)
     return _items(layout, best, est, dV)
 
@@ -106,6 +110,8 @@ def _items(layout: Layout, best: Optimum, est: estimate.Estimates, dV: jax.Array
         best.hessian,
         best.n_evals,
         best.status,
+        best.promised,
+        best.lowest,
         est.beta,
         est.unscaled_vcov,
         est.sigma2,
@@ -347,24 +353,15 @@ def judge(layout: Layout, items: Items, rhs: Any) -> np.ndarray:
     finite &= np.all(np.isfinite(gradient), axis=-1)
     status = np.zeros(len(value), np.int8)
     if gradient.shape[-1]:
-        safe = np.where(finite[:, None, None], hessian, np.eye(gradient.shape[-1]))
-        promised, lowest = _promised(np.where(finite[:, None], gradient, 0.0), safe)
-        largest = np.maximum(1.0, np.max(np.abs(safe), axis=(-1, -2)))
-        curved = lowest > -1e-6 * largest
-        good = (promised < 1e-6) & curved & np.isin(raw, (CONVERGED, FLAT_STOP, MAX_ITERATIONS))
+        largest = np.maximum(1.0, np.max(np.abs(hessian), axis=(-1, -2)))
+        curved = np.asarray(items.lowest) > -1e-6 * largest
+        good = (np.asarray(items.promised) < PROMISE["float64"]) & curved
+        good &= np.isin(raw, (CONVERGED, FLAT_STOP, MAX_ITERATIONS))
         status[is_singular(items)] = SINGULAR
         status[~good] = np.where(raw[~good] == MAX_ITERATIONS, LIMIT, STUCK)
     status[~finite] = STUCK
     status[~given] = NOT_FINITE
     return status
-
-
-def _promised(gradient: np.ndarray, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``optimize.newton_decrement`` of every item, and the lowest eigenvalue of its Hessian."""
-    e, Q = np.linalg.eigh(hessian)
-    along = np.einsum("mij,mi->mj", Q, gradient)
-    floor = np.sqrt(np.finfo(float).eps) * np.abs(e).max(axis=1, keepdims=True).clip(1.0)
-    return 0.5 * np.sum(along**2 / np.maximum(np.abs(e), floor), axis=1), e[:, 0]
 
 
 def is_singular(items: Items) -> np.ndarray:

@@ -75,10 +75,9 @@ class Covariance(abc.ABC):
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         """Parameters of the structure whose covariance is ``lam @ lam.T`` (signs made positive)."""
 
-    def pivot(self, theta: np.ndarray) -> float:
-        """Smallest diagonal element of the triangular factor, in size: 0 on the boundary."""
-        lower = np.linalg.qr(self.factor(theta).T, mode="r")
-        return float(np.min(np.abs(np.diag(lower))))
+    @abc.abstractmethod
+    def pivots(self, theta: Array) -> Array:
+        """Diagonal of the triangular factor, in size: one is 0 on the boundary."""
 
     @abc.abstractmethod
     def theta_names(self, names: tuple[str, ...]) -> list[str]:
@@ -106,8 +105,8 @@ class Unstructured(Covariance):
     def factor(self, theta: Array) -> Array:
         return _linear(theta, _triangular_basis(self.S))
 
-    def pivot(self, theta: np.ndarray) -> float:
-        return min(map(abs, theta[_diagonal_places(self.S)].tolist()))
+    def pivots(self, theta: Array) -> Array:
+        return abs(theta[_diagonal_places(self.S)])
 
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         # the triangular factor straight from lam (never from lam @ lam.T): no digits are squared
@@ -132,6 +131,9 @@ class Diagonal(Covariance):
     def factor(self, theta: Array) -> Array:
         return theta[:, None] * np.eye(self.S, dtype=theta.dtype)
 
+    def pivots(self, theta: Array) -> Array:
+        return abs(theta)
+
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         return _row_norms(lam)
 
@@ -152,6 +154,9 @@ class Homogeneous(Covariance):
     def factor(self, theta: Array) -> Array:
         return theta[0] * np.eye(self.S, dtype=theta.dtype)
 
+    def pivots(self, theta: Array) -> Array:
+        return abs(theta)
+
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         return _row_norms(lam)[:1]
 
@@ -168,6 +173,21 @@ def _cs_root(angle: Array, S: int) -> Array:
     apart = math.sqrt(S / (S - 1)) * xp.sin(angle)
     along = math.sqrt(S) * xp.cos(angle)
     return apart * np.eye(S, dtype=angle.dtype) + (along - apart) / S
+
+
+def _cs_pivots(angle: Array, S: int) -> Array:
+    """Diagonal of the Cholesky factor of that correlation matrix, (S,); ``angle`` (1,) or, for
+    S = 1, (0,).
+
+    Its squares are ratios of the leading minors, (1 - ρ)(1 + kρ) / (1 + (k - 1)ρ).
+    """
+    if S == 1:
+        return np.ones(1)
+    xp = jnp if isinstance(angle, jax.Array) else np
+    apart, along = S / (S - 1) * xp.sin(angle) ** 2, S * xp.cos(angle) ** 2  # 1 - ρ, 1 + (S - 1)ρ
+    k = np.arange(1, S)  # S (1 + kρ) = (k + 1)(1 + (S - 1)ρ) + (S - 1 - k)(1 - ρ)
+    later = apart * ((k + 1) * along + (S - 1 - k) * apart) / (k * along + (S - k) * apart)
+    return xp.sqrt(xp.concatenate([xp.ones_like(angle), later]))
 
 
 def _cs_angle(lam: np.ndarray) -> float:
@@ -197,6 +217,9 @@ class CompoundSymmetry(Covariance):
             return theta[:, None]
         return theta[: self.S, None] * _cs_root(theta[self.S], self.S)
 
+    def pivots(self, theta: Array) -> Array:
+        return abs(theta[: self.S]) * _cs_pivots(theta[self.S :], self.S)
+
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         angle = [_cs_angle(lam)] if self.S > 1 else []
         return np.concatenate([_row_norms(lam), angle])
@@ -219,6 +242,9 @@ class HomogeneousCompoundSymmetry(Covariance):
         if self.S == 1:
             return theta[:, None]
         return theta[0] * _cs_root(theta[1], self.S)
+
+    def pivots(self, theta: Array) -> Array:
+        return abs(theta[0]) * _cs_pivots(theta[1:], self.S)
 
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         angle = [_cs_angle(lam)] if self.S > 1 else []

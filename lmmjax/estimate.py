@@ -64,7 +64,7 @@ def solve(
     layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array, optimizer: Any = "newton"
 ) -> jax.Array:
     """:func:`optimise` as one vector for :class:`lmmjax.solution.Solution`."""
-    return pack(*optimise(layout, method, gram, rhs, theta0, optimizer=optimizer))
+    return pack(layout, *optimise(layout, method, gram, rhs, theta0, optimizer=optimizer))
 
 
 @functools.partial(jax.jit, static_argnames="layout")

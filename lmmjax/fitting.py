@@ -46,8 +46,7 @@ def _optimizer_key(optimizer: Any) -> tuple[Any, str]:
 
 
 def _start(model: Model, start: Any) -> np.ndarray:
-    if start is None:
-        return model._start
+    """A caller's start in standardised units."""
     theta = np.asarray(start, float)
     names = [*model.theta_names, *model.phi_names]
     if theta.shape != (len(names),) or not np.all(np.isfinite(theta)):
@@ -62,7 +61,7 @@ def _start(model: Model, start: Any) -> np.ndarray:
             "start has a variance of 0, where the gradient is 0 whatever the data; expected "
             "positive relative SDs. Use small positive values, 0.1 say."
         )
-    return np.concatenate([theta_s, phi])
+    return np.concatenate([theta_s, phi]).astype(model.dtype)
 
 
 def _diagonal(model: Model) -> np.ndarray:
@@ -93,16 +92,17 @@ def fit_model(
     default = "satterthwaite" if uncertain else "residual"
     df = default if df is None else check_df(df, method)
     key, name = _optimizer_key(optimizer)
-    free0 = np.asarray(_start(model, start), model.dtype)
-    began = time.perf_counter()
-    solution = _solve(model, method, free0, key, mesh)
+    free0 = model._device_start if start is None else _start(model, start)
+    layout, began = model._plan.layout, time.perf_counter()
+    with one_blas_thread(layout.d + layout.p >= SMALL):
+        solution = _solve(model, method, free0, key, mesh)
     fit = Fit(
         model=model,
         method=method,
         df=df,
         optimizer=name,
         converged=solution.converged(model.dtype),
-        singular=_is_singular(model, solution),
+        singular=solution.singular,
         seconds=time.perf_counter() - began,
         information=check_information(information),
         _solution=solution,
@@ -117,34 +117,21 @@ def fit_model(
     return fit
 
 
-def _solve(model: Model, method: str, free0: np.ndarray, key: Any, mesh: Any) -> Solution:
+def _solve(model: Model, method: str, free0: Any, key: Any, mesh: Any) -> Solution:
     """The compiled fit: over devices, with residual parameters, or in the bucket of its shapes."""
     layout = model._plan.layout
-    with one_blas_thread(layout.d + layout.p >= SMALL):
-        if mesh is not None:
-            from lmmjax.sharding import solve
+    if mesh is not None:
+        from lmmjax.sharding import solve
 
-            values = solve(model, mesh, method, free0, key)
-        elif model.is_structured:
-            from lmmjax.residual import program
+        values = solve(model, mesh, method, np.asarray(free0), key)
+    elif model.is_structured:
+        from lmmjax.residual import program
 
-            values = program.solve(layout, method, model._source(), free0, optimizer=key)
-        else:
-            layout, the_gram, rhs = model._fitted_arrays[method]
-            values = estimate.solve(layout, method, the_gram, rhs, free0, optimizer=key)
-        packed = np.asarray(values, float)
-    packed.setflags(write=False)
-    return Solution(packed, len(free0), model.design.p, layout.p)
-
-
-def _is_singular(model: Model, solution: Solution) -> bool:
-    """Whether a relative factor is on the boundary."""
-    layout, at = model._plan.layout, 0
-    for structure in layout.structures:
-        if structure.pivot(solution.free[at : at + structure.n_theta]) < SINGULAR_TOLERANCE:
-            return True
-        at += structure.n_theta
-    return False
+        values = program.solve(layout, method, model._source(), free0, optimizer=key)
+    else:
+        layout, the_gram, rhs = model._fitted_arrays[method]
+        values = estimate.solve(layout, method, the_gram, rhs, free0, optimizer=key)
+    return Solution.of(values, len(free0), model.design.p, layout.p)
 
 
 def message(fit: Fit) -> str:

@@ -294,6 +294,11 @@ class Model:
         return start.moments(self._plan.layout, *self._standard[2:])
 
     @cached_property
+    def _device_start(self) -> jax.Array:
+        """:attr:`_start`, where a fit begins; as ``_on_device``."""
+        return jnp.asarray(self._start, self.dtype)
+
+    @cached_property
     def _on_device(self) -> tuple[Gram, Rhs]:
         """:meth:`_arrays` as JAX arrays; for use inside ``float64()`` only."""
         return jax.tree.map(jnp.asarray, self._arrays())
@@ -319,7 +324,7 @@ class Model:
         return {m: (layout, buckets.with_dummies(the_gram, dummies, m), rhs) for m in METHODS}
 
     def __getstate__(self) -> dict[str, Any]:
-        arrays = ("_on_device", "_padded", "_fitted_arrays")
+        arrays = ("_device_start", "_on_device", "_padded", "_fitted_arrays")
         return {k: v for k, v in self.__dict__.items() if k not in arrays}
 
     @cached_property

@@ -50,19 +50,35 @@ class Optimum(NamedTuple):
     hessian: jax.Array
     n_evals: jax.Array
     status: jax.Array  # a key of STATUS
+    promised: jax.Array  # ½ g'|H|⁻¹g, the decrease that a Newton step still promises
+    lowest: jax.Array  # eigenvalue of H
 
 
 def linear(f: Criterion, theta: jax.Array) -> Optimum:
     """The optimum of a model without θ: nothing to minimise."""
     none = jnp.zeros((0, 0), theta.dtype)
-    return Optimum(theta, f(theta), none.sum(0), none, jnp.asarray(1), jnp.asarray(CONVERGED))
+    value, zero = f(theta), jnp.zeros((), theta.dtype)
+    at = (jnp.asarray(1), jnp.asarray(CONVERGED))
+    return Optimum(theta, value, none.sum(0), none, *at, zero, zero)
 
 
 def newton_decrement(gradient: jax.Array, hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
     """½ g'|H|⁻¹g, the decrease that a Newton step still promises, invariant to scaling of θ, and
     the lowest eigenvalue of H."""
     e, Q = jnp.linalg.eigh(hessian)
-    return 0.5 * jnp.sum((Q.T @ gradient) ** 2 / _floored(e)), e[0]
+    return _promised(Q.T @ gradient, _floored(e)), e[0]
+
+
+def _promised(along: jax.Array, size: jax.Array) -> jax.Array:
+    return 0.5 * jnp.sum(along**2 / size)
+
+
+def certified(best: Optimum, gradient: jax.Array, hessian: jax.Array) -> Optimum:
+    """``best`` with exact derivatives in the place of those that the optimiser used."""
+    if not len(gradient):
+        return best
+    promised, lowest = newton_decrement(gradient, hessian)
+    return best._replace(gradient=gradient, hessian=hessian, promised=promised, lowest=lowest)
 
 
 def _floored(e: Any) -> Any:
@@ -71,8 +87,15 @@ def _floored(e: Any) -> Any:
     return abs(e).clip(floor * abs(e).max().clip(1.0))
 
 
-def _step(g: jax.Array, H: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Saddle-free trust-region step and the decrease it predicts."""
+class _Step(NamedTuple):
+    step: jax.Array
+    predicted: jax.Array  # decrease
+    promised: jax.Array  # decrease without the trust region
+    lowest: jax.Array  # eigenvalue of H
+
+
+def _step(g: jax.Array, H: jax.Array, radius: jax.Array) -> _Step:
+    """Saddle-free trust-region step."""
     e, Q = jnp.linalg.eigh(H)
     size, along = _floored(e), Q.T @ g
 
@@ -97,7 +120,7 @@ def _step(g: jax.Array, H: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax
     )
     p = jnp.where(stuck, p.at[0].set(radius), p)
     predicted = predicted + jnp.where(stuck, 0.5 * jnp.abs(e[0]) * radius**2, 0.0)
-    return Q @ p, predicted
+    return _Step(Q @ p, predicted, _promised(along, size), e[0])
 
 
 class _State(NamedTuple):
@@ -105,8 +128,7 @@ class _State(NamedTuple):
     value: jax.Array
     gradient: jax.Array
     hessian: jax.Array
-    step: jax.Array
-    predicted: jax.Array
+    next: _Step
     radius: jax.Array
     n: jax.Array
     close: jax.Array  # the next step is the last
@@ -138,7 +160,7 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
     inf = jnp.asarray(jnp.inf, dtype)
 
     def body(s: _State) -> _State:
-        at = s.theta + s.step
+        at = s.theta + s.next.step
         value, gradient, hessian = derivatives(at)
         finite = (
             jnp.isfinite(value) & jnp.all(jnp.isfinite(hessian)) & jnp.all(jnp.isfinite(gradient))
@@ -146,28 +168,25 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
         slack = 8 * eps * (1.0 + jnp.abs(value))
         first = s.n == 0
         ok = finite & (first | (value <= s.value + slack))
-        ratio = (s.value - value + slack) / jnp.maximum(s.predicted, slack)
-        length = jnp.linalg.norm(s.step)
+        ratio = (s.value - value + slack) / jnp.maximum(s.next.predicted, slack)
+        length = jnp.linalg.norm(s.next.step)
         grown = jnp.where((ratio > 0.75) & (length > 0.8 * s.radius), 2.5 * s.radius, s.radius)
         grown = jnp.where(ratio < 0.25, 0.5 * s.radius, grown)
         radius = jnp.where(first, s.radius, jnp.where(ok, grown, 0.25 * length))
         keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
         theta, value = keep(at, s.theta), keep(value, s.value)
         gradient, hessian = keep(gradient, s.gradient), keep(hessian, s.hessian)
-        step, predicted = _step(gradient, hessian, radius)
-        close = predicted <= 100 * eps * (1.0 + jnp.abs(value))
+        step = _step(gradient, hessian, radius)
+        close = step.predicted <= 100 * eps * (1.0 + jnp.abs(value))
         lost = (~ok & first) | (~close & (radius < 1e-3 * eps))
-        return _State(
-            theta, value, gradient, hessian, step, predicted, radius, s.n + 1, close, lost
-        )
+        return _State(theta, value, gradient, hessian, step, radius, s.n + 1, close, lost)
 
     start = _State(
         theta0,
         inf,
         jnp.zeros(k, dtype),
         jnp.eye(k, dtype=dtype),
-        jnp.zeros(k, dtype),
-        inf,
+        _Step(jnp.zeros(k, dtype), inf, inf, inf),
         jnp.asarray(1.0, dtype),
         jnp.asarray(0),
         jnp.asarray(False),
@@ -177,8 +196,9 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
     end = jax.lax.while_loop(going, body, start)
     status = jnp.where(end.close, CONVERGED, jnp.where(end.lost, FLAT_STOP, MAX_ITERATIONS))
     status = jnp.where(jnp.isinf(end.value), NOT_FINITE, status)
-    theta = jnp.where(end.close, end.theta + end.step, end.theta)
-    return Optimum(theta, end.value, end.gradient, end.hessian, end.n, status)
+    theta = jnp.where(end.close, end.theta + end.next.step, end.theta)
+    verdict = (end.n, status, end.next.promised, end.next.lowest)
+    return Optimum(theta, end.value, end.gradient, end.hessian, *verdict)
 
 
 def descend(
@@ -222,7 +242,7 @@ def descend(
     value, gradient, hessian = derivatives(best)
     status = jnp.where(norm2 <= tol, CONVERGED, MAX_ITERATIONS)
     status = jnp.where(jnp.isfinite(value), status, NOT_FINITE)
-    return Optimum(best, value, gradient, hessian, n, status)
+    return Optimum(best, value, gradient, hessian, n, status, *newton_decrement(gradient, hessian))
 
 
 def _keeps_value(transform: Any, theta0: jax.Array) -> bool:

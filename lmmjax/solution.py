@@ -13,20 +13,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax.optimize import Optimum, newton_decrement
+from lmmjax.gram import Layout
+from lmmjax.optimize import SINGULAR_TOLERANCE, Optimum
 
 #: a Newton step at the optimum may promise this much of the criterion at most, by precision
 PROMISE = {"float64": 1e-6, "float32": 1e-2}
 
-_SCALARS = ("value", "sigma2", "n_evals", "status", "promised", "lowest", "steepest")
+
+class _Scalars(NamedTuple):
+    value: Any  # criterion without the constant of the units
+    sigma2: Any
+    n_evals: Any
+    status: Any  # a key of optimize.STATUS
+    promised: Any  # what a Newton step would still take off the criterion
+    lowest: Any  # eigenvalue of the Hessian
+    steepest: Any  # largest entry of the Hessian, in size
+    pivot: Any  # of the relative factors, the smallest: 0 on the boundary
 
 
-def pack(best: Optimum, est: Any) -> jax.Array:
+def pack(layout: Layout, best: Optimum, est: Any) -> jax.Array:
     """An ``Optimum`` and its ``Estimates`` (estimate.py) as one vector."""
     k = len(best.theta)
-    promised, lowest = newton_decrement(best.gradient, best.hessian) if k else (0.0, 0.0)
     steepest = jnp.max(jnp.abs(best.hessian)) if k else 0.0
-    scalars = (best.value, est.sigma2, best.n_evals, best.status, promised, lowest, steepest)
+    thetas = layout.split(best.theta[: layout.n_theta])
+    pivots = [s.pivots(t) for s, t in zip(layout.structures, thetas, strict=True)]
+    pivot = jnp.min(jnp.concatenate(pivots)) if pivots else jnp.inf
+    scalars = _Scalars(
+        best.value,
+        est.sigma2,
+        best.n_evals,
+        best.status,
+        best.promised,
+        best.lowest,
+        steepest,
+        pivot,
+    )
     dtype = best.value.dtype
     parts = (best.theta, best.gradient, best.hessian, est.beta, est.unscaled_vcov)
     return jnp.concatenate(
@@ -38,41 +59,45 @@ class Solution(NamedTuple):
     """The vector of :func:`pack`, in standardised units."""
 
     values: np.ndarray
+    scalars: _Scalars
     k: int  # free parameters: θ, then φ
     p: int  # fixed effects of the data
     padded: int  # fixed effects of the compiled program (buckets.py)
 
-    def _scalar(self, name: str) -> float:
-        return self.values.item(_SCALARS.index(name))
+    @classmethod
+    def of(cls, packed: Any, k: int, p: int, padded: int) -> Solution:
+        values = np.asarray(packed, float)
+        values.setflags(write=False)
+        return cls(values, _Scalars(*values[: len(_Scalars._fields)].tolist()), k, p, padded)
 
     def _array(self, place: int, shape: tuple[int, ...]) -> np.ndarray:
-        start = len(_SCALARS) + place
+        start = len(_Scalars._fields) + place
         return self.values[start : start + math.prod(shape)].reshape(shape)
 
     @property
     def value(self) -> float:
         """Criterion without the constant of the units."""
-        return self._scalar("value")
+        return self.scalars.value
 
     @property
     def sigma2(self) -> float:
         """σ²."""
-        return self._scalar("sigma2")
+        return self.scalars.sigma2
 
     @property
     def n_evals(self) -> int:
         """Evaluations of the criterion."""
-        return int(self._scalar("n_evals"))
+        return int(self.scalars.n_evals)
 
     @property
     def status(self) -> int:
         """A key of ``optimize.STATUS``."""
-        return int(self._scalar("status"))
+        return int(self.scalars.status)
 
     @property
     def promised(self) -> float:
         """What a Newton step would still take off the criterion."""
-        return self._scalar("promised")
+        return self.scalars.promised
 
     @property
     def free(self) -> np.ndarray:
@@ -103,12 +128,17 @@ class Solution(NamedTuple):
     @property
     def finite(self) -> bool:
         """Whether criterion and curvature are numbers."""
-        return math.isfinite(self.value + self._scalar("steepest"))
+        return math.isfinite(self.scalars.value + self.scalars.steepest)
 
     @property
     def curved(self) -> bool:
         """Whether no direction leads down by the curvature."""
-        return self._scalar("lowest") > -1e-6 * max(1.0, self._scalar("steepest"))
+        return self.scalars.lowest > -1e-6 * max(1.0, self.scalars.steepest)
+
+    @property
+    def singular(self) -> bool:
+        """Whether a relative factor is on the boundary."""
+        return self.scalars.pivot < SINGULAR_TOLERANCE
 
     def converged(self, dtype: str) -> bool:
         """Convergence by what a Newton step still promises and by the curvature."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 #: a dense core of fewer columns never wakes a second BLAS thread
@@ -30,12 +30,13 @@ def _controller() -> Any:
     return ThreadpoolController()
 
 
-@contextmanager
-def one_blas_thread(wanted: bool = True) -> Iterator[None]:
+def one_blas_thread(wanted: bool = True) -> AbstractContextManager[None]:
     """Run the block with one BLAS thread, where ``wanted``; safe in several threads at once."""
-    if not wanted:
-        yield
-        return
+    return _limited() if wanted else nullcontext()
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
     with _lock:
         _inside.append(None if _inside else _controller().limit(limits=1, user_api="blas"))
     try:

@@ -21,6 +21,7 @@ from reference_cases import case_data, load_case
 
 import lmmjax as lmm
 from lmmjax import derivatives, optimize
+from lmmjax.covariance import covariance
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +250,23 @@ def test_structures_are_nested_in_the_unstructured(cov: str) -> None:
     if cov in ("hom", "homcs"):
         np.testing.assert_allclose(sd, sd[0], rtol=1e-10)
     np.testing.assert_allclose(off, 0.0 if cov in ("diag", "hom") else off[0], atol=1e-10)
+
+
+@pytest.mark.parametrize("cov", ["us", "diag", "hom", "cs", "homcs"])
+@pytest.mark.parametrize("S", [1, 2, 4])
+def test_pivots_are_the_diagonal_of_the_triangular_factor(cov: str, S: int) -> None:
+    structure = covariance(cov, S)
+    theta = np.random.default_rng(S).uniform(0.2, 1.2, structure.n_theta)
+    lower = np.linalg.qr(structure.factor(theta).T, mode="r")
+    size = np.abs(np.diag(lower))
+    np.testing.assert_allclose(np.broadcast_to(structure.pivots(theta), S), size, rtol=1e-12)
+    theta[0] = 0.0
+    assert np.min(structure.pivots(theta)) == 0.0
+
+
+@pytest.mark.parametrize("angle", [0.0, np.pi / 2])
+def test_a_correlation_at_its_bound_is_a_pivot_of_zero(angle: float) -> None:
+    assert abs(np.min(covariance("cs", 3).pivots(np.array([1.0, 1.0, 1.0, angle])))) < 1e-15
 
 
 def test_homogeneous_compound_symmetry_is_the_nested_random_intercept() -> None:

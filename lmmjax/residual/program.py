@@ -60,7 +60,7 @@ def solve(
     layout: Layout, method: str, source: Source, free0: jax.Array, optimizer: Any = "newton"
 ) -> jax.Array:
     """:func:`optimise` as one vector for :class:`lmmjax.solution.Solution`."""
-    return pack(*optimise(layout, method, source, free0, optimizer=optimizer))
+    return pack(layout, *optimise(layout, method, source, free0, optimizer=optimizer))
 
 
 @jax.jit
