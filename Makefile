@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12; do \
 # The suite compiles more than it computes, so a second process pays.
 WORKERS ?= 2
 
-.PHONY: demo test slow lint bench bench-peers install clean
+.PHONY: demo test slow spark lint bench bench-peers install clean
 .DEFAULT_GOAL := demo
 
 demo: install  ## ML, REML and NUTS on the sleep study, compared
@@ -23,6 +23,10 @@ test: install  ## every fast test, doctest and notebook
 
 slow: install  ## calibration, coverage and large data: minutes to hours
 	$(PY) -m pytest -m slow
+
+spark: install  ## the Spark source, local mode: needs Java 17, fetches some 450 MB
+	$(PY) -m pip install --quiet --editable '.[dev,spark]'
+	$(PY) -m pytest -k spark tests/test_stream.py
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -403,7 +404,9 @@ def spark() -> Iterator[Any]:
     builder = builder.config("spark.sql.shuffle.partitions", "2")
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
         pytest.skip("Spark needs Java, and there is none on this machine")
-    session = builder.getOrCreate()
+    with pytest.MonkeyPatch.context() as patch:  # the workers' Python must have lmmjax too
+        patch.setenv("PYSPARK_PYTHON", sys.executable)
+        session = builder.getOrCreate()
     yield session
     session.stop()
 
