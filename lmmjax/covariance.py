@@ -110,9 +110,12 @@ class Unstructured(Covariance):
 
     def from_factor(self, lam: np.ndarray) -> np.ndarray:
         # the triangular factor straight from lam (never from lam @ lam.T): no digits are squared
-        lower = np.linalg.qr(lam.T, mode="r").T
-        signs = np.where(np.diag(lower) < 0, -1.0, 1.0)
-        return (lower * signs)[_lower_triangle(self.S)]
+        from scipy.linalg.lapack import dgeqrf
+
+        upper = dgeqrf(lam.T)[0]
+        rows, columns = _lower_triangle(self.S)
+        signs = np.where(upper.diagonal() < 0, -1.0, 1.0)
+        return upper[columns, rows] * signs[columns]
 
     def theta_names(self, names: tuple[str, ...]) -> list[str]:
         rows, columns = _lower_triangle(self.S)
