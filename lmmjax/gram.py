@@ -269,6 +269,16 @@ def _parents(child: np.ndarray, J: int, parent: np.ndarray) -> np.ndarray | None
     return lies_in if np.array_equal(lies_in[child], parent) else None
 
 
+def parents(design: Any, the_plan: Plan) -> tuple[tuple[np.ndarray | None, ...], ...]:
+    """``Gram.parent`` of the rows of a design."""
+    chain = the_plan.factors[: the_plan.n_chain]
+    codes = [design.terms[f.terms[0]].codes for f in chain]
+    return tuple(
+        tuple(_parents(codes[i], f.J, outer) for outer in codes[i + 1 :])
+        for i, f in enumerate(chain)
+    )
+
+
 def _subjects(design: Any) -> list[tuple[np.ndarray, int]]:
     """Codes and number of the subjects whose residuals are correlated, if there are any."""
     residual = getattr(design, "residual", None)

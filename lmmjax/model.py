@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax import buckets, derivatives, gram, start
+from lmmjax import blocks, buckets, derivatives, gram, start
 from lmmjax import likelihood as lk
 from lmmjax.collapse import collapse
 from lmmjax.design import Design, build_design
@@ -265,10 +265,15 @@ class Model:
     @cached_property
     def _prepared(self) -> tuple[gram.Plan, gram.Units, tuple[Gram, Rhs] | Source]:
         the_plan = gram.plan(self.design)
+        structured = self.design.residual is not None
+        found = None if structured else blocks.products(self.design, the_plan)
+        if found is not None:
+            return the_plan, found[0], found[1:]
         standardised = gram.standardise(self.design)
-        if self.design.residual is None:
-            products = gram.crossproducts(self.design, the_plan, standardised)
-            return the_plan, standardised.units, products
+        if not structured:
+            sums = gram.crossproducts(self.design, the_plan, standardised)
+            self.design.release()
+            return the_plan, standardised.units, sums
         from lmmjax.residual.setup import make_source
 
         source = make_source(self.design, the_plan, standardised)

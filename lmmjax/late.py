@@ -1,0 +1,117 @@
+r"""Model matrices that are made when somebody asks for them.
+
+A large fit reads its rows once, block by block, for their cross-products; only residuals,
+predictions and the like want the whole of X or Z. A `Recipe` keeps what the columns are made of,
+mostly the caller's own columns and codes, and makes all rows or some, always to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lmmjax.formula import Terms
+from lmmjax.terms import Coding, Encoded, encode
+
+__all__ = ["Late", "Made", "Recipe", "protected", "release", "rows_of"]
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What `lmmjax.terms.encode` makes a model matrix of, n rows."""
+
+    terms: Terms
+    codings: Mapping[str, Coding]
+    values: Mapping[str, Array]
+    n: int
+
+    def encode(self, rows: slice | None = None) -> Encoded:
+        """Make all rows or some, with their labels; O(m p)."""
+        if rows is None:
+            return encode(self.terms, self.codings, self.values, self.n)
+        values = {name: self.values[name][rows] for name in self.terms.variables}
+        return encode(self.terms, self.codings, values, len(range(*rows.indices(self.n))))
+
+
+class Made:
+    """Those columns of a recipe of which ``keep`` (P,) is True: (n, p) float64, Fortran order.
+
+    Made at the first call. Pickled, it is the recipe alone.
+    """
+
+    def __init__(self, recipe: Recipe, array: Array | None = None, keep: Array | None = None):
+        self.recipe, self.array = recipe, array
+        self.keep = None if keep is None or keep.all() else keep
+
+    def __call__(self) -> Array:
+        """Return the array."""
+        if self.array is None:
+            self.array = self._chosen(self.recipe.encode().X)
+        return self.array
+
+    def rows(self, rows: slice) -> Array:
+        """Return a copy of some rows, without making the others."""
+        if self.array is not None:
+            return self.array[rows].copy(order="F")
+        return self._chosen(self.recipe.encode(rows).X)
+
+    def kept(self, keep: Array) -> Made:
+        """Keep some of the columns."""
+        chosen = Made(self.recipe, None, keep)
+        if self.array is not None:
+            chosen.array = chosen._chosen(self.array)
+        return chosen
+
+    def _chosen(self, X: Array) -> Array:
+        return X if self.keep is None else np.asfortranarray(X[:, self.keep])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "array": None}
+
+
+class Late:
+    """Attribute of a frozen dataclass that may be given as `Made`, and is an array when read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Array:
+        if instance is None:
+            raise AttributeError(self.name)  # a dataclass takes this for a field without default
+        value = instance.__dict__[self.name]
+        return value() if isinstance(value, Made) else value
+
+    def __set__(self, instance: Any, value: Array | Made) -> None:
+        instance.__dict__[self.name] = value
+
+
+def rows_of(holder: Any, name: str, rows: slice) -> Array:
+    """Return a copy of some rows of an attribute, which is not made for it."""
+    value = vars(holder)[name]
+    return value.rows(rows) if isinstance(value, Made) else value[rows].copy(order="F")
+
+
+def release(*holders: Any) -> None:
+    """Forget the arrays that `Late` attributes have made."""
+    for holder in holders:
+        for value in vars(holder).values():
+            if isinstance(value, Made):
+                value.array = None
+
+
+def protected(value: Array, columns: Iterable[pd.Series]) -> Array:
+    """Return values that the caller cannot change: a copy only where they are his memory.
+
+    Under pandas' copy-on-write the arrays of columns are read-only, and pandas writes elsewhere as
+    long as somebody holds the columns (series): the caller of this function has to.
+    """
+    if not value.flags.writeable:
+        return value
+    plain = (c.to_numpy() for c in columns if isinstance(c.dtype, np.dtype))
+    return value.copy() if any(np.may_share_memory(value, c) for c in plain) else value
