@@ -305,8 +305,6 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
 
 def _plain_pieces(layout: Layout, red: lk.Reduction, gram: Gram, rhs: Rhs) -> Pieces:
     """:func:`_pieces` of one factor by itself."""
-    if layout.blocks == 1:
-        red = jax.lax.optimization_barrier(red)  # as in _pieces
     lams = list(red.factorised.lams)
     B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
     a, every_a, T = _plain_levels(lams[0], gram.own[0], B, gram.times)

@@ -450,7 +450,7 @@ def reduce_factors(layout: Layout, lams: list[jax.Array], gram: Gram, rhs: Rhs) 
     every = by_factor(layout, lams)
     chain = eliminate_chain(layout, every, gram)
     rows, core, r2 = _forward_chain(layout, every, chain, gram, rhs)
-    if layout.blocks > 1:  # arrays by level then cost nothing unless they are read
+    if is_plain(layout):  # arrays by level then cost nothing unless they are read
         schur, logdet, core, r2 = _chain_sums(layout, every[0], gram, rhs)
         chain = chain._replace(schur=schur, logdet=logdet)
     f = _factorise_core(layout, every, chain)
@@ -464,6 +464,11 @@ def reduce_factors(layout: Layout, lams: list[jax.Array], gram: Gram, rhs: Rhs) 
 # -------------------------------------------------------------------------------------------------
 
 
+def is_plain(layout: Layout) -> bool:
+    """Whether one factor by itself is eliminated."""
+    return len(layout.chain) == 1 and layout.d == 0
+
+
 def over_blocks(
     layout: Layout, part: Callable[[jax.Array, jax.Array, Any], Any], gram: Gram, rhs: Rhs
 ) -> Any:
@@ -472,6 +477,9 @@ def over_blocks(
     Arrays with a number for every level need more than the cache where levels are many, and fresh
     memory from the system for every evaluation; those of a block need neither.
     """
+    if layout.blocks == 1:
+        B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
+        return part(gram.own[0], B, gram.times)
     size = layout.chain[0][2] // layout.blocks
 
     def one(i: Any) -> Any:
