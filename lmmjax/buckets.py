@@ -93,10 +93,7 @@ def pad(layout: Layout, gram: Gram, rhs: Rhs) -> tuple[Layout, Gram, Rhs]:
         parent=tuple(
             tuple(_levels(a, J) for a in row) for row, J in zip(gram.parent, sizes, strict=True)
         ),
-        border=tuple(
-            _levels(_spread(a, border, width, axis=1), J)
-            for a, J in zip(gram.border, sizes, strict=True)
-        ),
+        border=tuple(_border(a, border, width, J) for a, J in zip(gram.border, sizes, strict=True)),
         core=full,
         n=gram.n,
         logdet_R=gram.logdet_R,
@@ -125,6 +122,16 @@ def _core_positions(layout: Layout, to: Layout) -> np.ndarray:
 def _levels(a: Any, J: int) -> np.ndarray:
     """Zeros appended to the last axis."""
     return np.pad(a, [(0, 0)] * (np.ndim(a) - 1) + [(0, J - np.shape(a)[-1])])
+
+
+def _border(a: Any, positions: np.ndarray, width: int, J: int) -> np.ndarray:
+    """Columns moved to ``positions`` of ``width``, and zero levels appended: (S, width, J)."""
+    out = np.zeros((a.shape[0], width, J), a.dtype)
+    if np.array_equal(positions, np.arange(len(positions))):
+        out[:, : len(positions), : a.shape[-1]] = a  # half the time of an index array
+    else:
+        out[:, positions, : a.shape[-1]] = a
+    return out
 
 
 def _spread(a: Any, positions: np.ndarray, size: int, axis: int) -> np.ndarray:
