@@ -209,7 +209,7 @@ class Layout:
 
     ``chain`` are the factors eliminated level by level, the first nested in the second and so on;
     ``core`` are the others, dense. ``structures`` follows the formula; θ is the concatenation of
-    the structures' parameters.
+    the structures' parameters. ``blocks`` changes the order of sums over levels and nothing else.
     """
 
     structures: tuple[Covariance, ...]
@@ -217,6 +217,7 @@ class Layout:
     core: tuple[tuple[tuple[int, ...], int, int], ...]
     p: int
     sparse: bool = False  # products of the chain's one factor with the core are kept by entry
+    blocks: int = 1  # equal pieces in which the levels of a factor by itself are gone through
 
     @property
     def n_theta(self) -> int:
