@@ -7,6 +7,7 @@ Means, sizes and the fit of y come from the moments of [X y] that the judgement 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from lmmjax.covariance import covariance
 from lmmjax.design import LARGE, Design
 from lmmjax.gram import DENSE, Gram, Plan, Rhs, Standardised, Units, parents, shift_matrix
-from lmmjax.late import rows_of
+from lmmjax.late import moments_of, rows_of
 from lmmjax.totals import empty_totals, sum_standardised
 
 __all__ = ["products"]
@@ -57,7 +58,7 @@ def products(design: Design, plan: Plan) -> tuple[Units, Gram, Rhs] | None:
     O(n (S + d + p) S) time; memory of a block and of the sums. A block has more rows than twice
     the levels of any factor, so that adding its sums costs little beside making them.
     """
-    layout, m = plan.layout, design.moments
+    layout, m = plan.layout, moments_of(design, "X")
     if m is None or design.has_weights or layout.sparse or layout.d > DENSE or not m.precise():
         return None
     n, p, mean, centred = m.n, layout.p, m.mean, m.centred() / m.n
@@ -70,12 +71,15 @@ def products(design: Design, plan: Plan) -> tuple[Units, Gram, Rhs] | None:
     scale, constant = float(np.sqrt(left)), np.eye(p)[0]
     x = _Shift(np.append(0.0, mean[:-1]), np.append(1.0, spread[:-1]))
     terms = [_term(design, k, x) for k in range(len(design.terms))]
+    if not all(np.isfinite(t.B).all() for t in terms):
+        return None
     sums = empty_totals(plan)
     size = max(LARGE, *(2 * J for _, _, J in (*layout.chain, *layout.core)), 0)
     for start in range(0, n, size):
         rows = slice(start, start + size)
         X = x.apply(rows_of(design, "X", rows))
-        y = design.y[rows] - (mean[-1] + design.offset[rows] if design.has_offset else mean[-1])
+        y = design.y[rows] - design.offset[rows] if design.has_offset else design.y[rows].copy()
+        y -= mean[-1]
         y -= X[:, 1:] @ slopes
         y /= scale
         Z = [
@@ -86,9 +90,7 @@ def products(design: Design, plan: Plan) -> tuple[Units, Gram, Rhs] | None:
         sums.add(sum_standardised(Standardised(X, y, tuple(Z), None), codes, None, plan))  # type: ignore[arg-type]
     A = shift_matrix(constant, x.mean, x.size)
     beta0 = constant * mean[-1] + A @ np.append(0.0, slopes)
-    units = Units(
-        A, beta0, scale, tuple(t.B for t in terms), float(np.linalg.slogdet(A)[1]), n, p
-    )
+    units = Units(A, beta0, scale, tuple(t.B for t in terms), float(np.linalg.slogdet(A)[1]), n, p)
     flat, levels = sums.flat, sums.levels
     the_gram = Gram(
         own=tuple(arrays[0] for arrays in levels),
@@ -96,10 +98,11 @@ def products(design: Design, plan: Plan) -> tuple[Units, Gram, Rhs] | None:
         parent=parents(design, plan),
         border=tuple(arrays[-2] for arrays in levels),
         core=flat["core"],
-        n=flat["n"],
-        logdet_R=flat["logdet_R"],
+        n=np.float64(n),
+        logdet_R=np.float64(0.0),
     )
-    return units, the_gram, Rhs(tuple(a[-1] for a in levels), flat["core_y"], flat["yy"])
+    rhs = Rhs(tuple(a[-1] for a in levels), flat["core_y"], np.float64(flat["yy"]))
+    return units, the_gram, rhs
 
 
 def _term(design: Design, k: int, x: _Shift) -> _Term:
@@ -122,15 +125,16 @@ def _term(design: Design, k: int, x: _Shift) -> _Term:
     B = np.eye(len(mean))
     if shifted:
         B[0] -= mean
-    same = all(j is not None and mean[s] == x.mean[j] and size[s] == x.size[j]
-               for s, j in enumerate(twins))
+    same = all(
+        j is not None and mean[s] == x.mean[j] and size[s] == x.size[j] for s, j in enumerate(twins)
+    )
     return _Term(_Shift(mean, size), B / size, _as_slice(twins) if same else None)
 
 
 def _as_slice(places: list[Any]) -> Any:
     """A slice where there is one, which takes no copy."""
     step = places[1] - places[0] if len(places) > 1 else 1
-    regular = step > 0 and all(b - a == step for a, b in zip(places, places[1:], strict=False))
+    regular = step > 0 and all(b - a == step for a, b in itertools.pairwise(places))
     return slice(places[0], places[-1] + 1, step) if regular else np.array(places)
 
 
@@ -155,5 +159,5 @@ def _mean_and_size(design: Design, k: int, s: int, shifted: bool) -> tuple[float
         moved = column - first
         total, square = total + float(moved.sum()), square + float(moved @ moved)
     mean = total / design.n
-    rms = float(np.sqrt(square / design.n - mean**2 if shifted else square / design.n))
-    return first + mean, rms if rms > 0 else 1.0
+    rms = np.sqrt(max(square / design.n - (mean**2 if shifted else 0.0), 0.0))
+    return first + mean, float(rms) if rms > 0 else 1.0

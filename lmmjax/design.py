@@ -308,8 +308,6 @@ class Design:
         Arrays of the residual structure; None where the residuals are independent.
     held : tuple of Series
         Columns whose memory the arrays share: pandas does not write there while they are held.
-    moments : Moments or None
-        Of X without its intercept and of y less the offset, where they were taken: large tables.
 
     Notes
     -----
@@ -336,7 +334,6 @@ class Design:
     columns: dict[str, pd.Series] = field(repr=False, default_factory=dict)
     residual: Residuals | None = field(default=None, repr=False)
     held: tuple[pd.Series, ...] = field(default=(), repr=False)
-    moments: Moments | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -475,15 +472,16 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
     arrays = {name: protected(_array(value), held) for name, value in raw.values.items()}
     fixed_part, full = _made(parsed.terms, fixed, arrays, n)
     y = raw.y if raw.offset is None else raw.y - raw.offset
-    moments = _moments(fixed_part, y) if n > LARGE and parsed.terms.intercept else None
-    keep = _full_rank(fixed_part, len(full.names), moments)
+    if n > LARGE and parsed.terms.intercept:
+        fixed_part.moments = _moments(fixed_part, y, len(full.names))
+    keep = _full_rank(fixed_part, len(full.names))
     pairs = [
         _term(bar, group, raw.values, arrays, parsed.text)
         for bar, group in zip(parsed.bars, raw.groups, strict=True)
     ]
     offset = np.broadcast_to(0.0, n) if raw.offset is None else np.array(raw.offset)
     weights = np.broadcast_to(1.0, n) if raw.weights is None else np.array(raw.weights)
-    _check_response(y, parsed.response, np.any(offset))
+    _check_response(y, parsed.response, bool(np.any(offset)))
     if raw.weights is not None:
         _check_weights(weights, raw.rows)
     spec = DesignSpec(
@@ -518,7 +516,6 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         spec=spec,
         columns={name: raw.columns[name] for name in raw.raw_fixed},
         held=held,
-        moments=moments if keep.all() else None,
     )
 
 
@@ -624,25 +621,23 @@ def _raw_levels(raw: Variables) -> dict[str, tuple[str, ...] | None]:
     return levels
 
 
-def _moments(made: Made, y: np.ndarray) -> Moments:
-    """Moments of the columns of X beside the intercept, and of y."""
+def _moments(made: Made, y: np.ndarray, width: int) -> Moments | None:
+    """Moments of the columns of X beside the intercept, and of y, if they prove full rank."""
     size = 1 << 14  # rows that stay in the processor's cache
-    blocks = (
-        np.column_stack([made.rows(slice(i, i + size))[:, 1:], y[i : i + size]])
-        for i in range(0, len(y), size)
+    found = Moments.of(
+        (
+            np.column_stack([made.rows(slice(i, i + size))[:, 1:], y[i : i + size]])
+            for i in range(0, len(y), size)
+        ),
+        shifted=True,
     )
-    return Moments.of(blocks, shifted=True)
+    return found if found.independent(width - 1, intercept=True) else None
 
 
-def _full_rank(made: Made, width: int, moments: Moments | None) -> np.ndarray:
+def _full_rank(made: Made, width: int) -> np.ndarray:
     """Return which columns of X are kept; a closer look only where dependence is possible."""
     terms, codings, arrays = made.recipe.terms, made.recipe.codings, made.recipe.values
-    clear = (
-        clearly_independent(made(), terms.intercept)
-        if moments is None
-        else moments.independent(width - 1, intercept=True)
-    )
-    if clear:
+    if made.moments is not None or clearly_independent(made(), terms.intercept):
         return np.ones(width, bool)
     centred = dict(arrays)
     for name in centrable(terms, codings):

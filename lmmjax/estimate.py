@@ -21,7 +21,6 @@ from lmmjax.optimize import Optimum
 from lmmjax.solution import pack
 from lmmjax.start import identity
 
-
 #: models of so many random effects are fitted by two programs
 LARGE = 1 << 14
 
@@ -116,10 +115,8 @@ def is_large(layout: Layout, optimizer: Any) -> bool:
     return layout.q >= LARGE and layout.n_theta > 0 and optimizer == "newton"
 
 
-def solve_large(
-    layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array, optimizer: Any = "newton"
-) -> jax.Array:
-    """:func:`solve` in small programs, which are compiled one after the other.
+def solve_large(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array) -> jax.Array:
+    """:func:`solve` by Newton's method in small programs, which are compiled one after the other.
 
     The compiler's memory grows with the length of a program and is returned after each. The calls,
     some 0.1 ms an evaluation, cost nothing beside arrays of this size.

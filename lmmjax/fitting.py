@@ -131,8 +131,10 @@ def _solve(model: Model, method: str, free0: np.ndarray, key: Any, mesh: Any) ->
             values = program.solve(layout, method, model._source(), free0, optimizer=key)
         else:
             layout, the_gram, rhs = model._fitted_arrays[method]
-            solve = estimate.solve_large if estimate.is_large(layout, key) else estimate.solve
-            values = solve(layout, method, the_gram, rhs, free0, optimizer=key)
+            if estimate.is_large(layout, key):
+                values = estimate.solve_large(layout, method, the_gram, rhs, free0)
+            else:
+                values = estimate.solve(layout, method, the_gram, rhs, free0, optimizer=key)
         packed = np.asarray(values, float)
     packed.setflags(write=False)
     return Solution(packed, len(free0), model.design.p, layout.p)

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 
 from lmmjax.formula import Terms
+from lmmjax.rank import Moments
 from lmmjax.terms import Coding, Encoded, encode
 
-__all__ = ["Late", "Made", "Recipe", "protected", "release", "rows_of"]
+__all__ = ["Late", "Made", "Recipe", "moments_of", "protected", "release", "rows_of"]
 
 Array = np.ndarray
 
@@ -42,12 +43,14 @@ class Recipe:
 class Made:
     """Those columns of a recipe of which ``keep`` (P,) is True: (n, p) float64, Fortran order.
 
-    Made at the first call. Pickled, it is the recipe alone.
+    Made at the first call. Pickled, it is the recipe alone. ``moments`` are what somebody found out
+    about the columns, and those of the response.
     """
 
     def __init__(self, recipe: Recipe, array: Array | None = None, keep: Array | None = None):
         self.recipe, self.array = recipe, array
         self.keep = None if keep is None or keep.all() else keep
+        self.moments: Moments | None = None
 
     def __call__(self) -> Array:
         """Return the array."""
@@ -63,6 +66,8 @@ class Made:
 
     def kept(self, keep: Array) -> Made:
         """Keep some of the columns."""
+        if keep.all():
+            return self
         chosen = Made(self.recipe, None, keep)
         if self.array is not None:
             chosen.array = chosen._chosen(self.array)
@@ -89,6 +94,12 @@ class Late:
 
     def __set__(self, instance: Any, value: Array | Made) -> None:
         instance.__dict__[self.name] = value
+
+
+def moments_of(holder: Any, name: str) -> Moments | None:
+    """Return the moments that an attribute came with; none where another array was put there."""
+    value = vars(holder)[name]
+    return value.moments if isinstance(value, Made) else None
 
 
 def rows_of(holder: Any, name: str, rows: slice) -> Array:

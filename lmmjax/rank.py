@@ -50,7 +50,8 @@ class Moments:
                 shift = block[0].copy() if shifted and len(block) else np.zeros(k)
                 out = cls(0, shift, np.zeros(k), np.zeros((k, k)))
             moved = block - out.shift
-            out.gram += moved.T @ moved
+            with np.errstate(over="ignore", invalid="ignore"):  # then they prove nothing
+                out.gram += moved.T @ moved
             out.total += moved.sum(axis=0)
             out.n += len(block)
         return out
@@ -62,11 +63,16 @@ class Moments:
 
     def centred(self) -> np.ndarray:
         """Products of the columns less their means, (k, k)."""
-        return self.gram - np.outer(self.total, self.total) / self.n
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.gram - np.outer(self.total, self.total) / self.n
 
     def precise(self) -> bool:
         """Whether the shifts are so near the means that centring costs few digits."""
-        return bool(np.all(np.diag(self.centred()) > 1e-6 * self.total**2 / self.n))
+        return bool(np.all(np.diag(self.centred()) > self._least()))
+
+    def _least(self) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return 1e-6 * self.total**2 / self.n
 
     def independent(self, p: int, intercept: bool) -> bool:
         """Whether the products alone prove that the first p columns are independent.
@@ -80,8 +86,7 @@ class Moments:
         if not intercept:
             return proves_rank(self.gram[:p, :p])
         # A mean far from the first row costs digits; then the careful way decides.
-        least = 1e-6 * self.total**2 / self.n
-        return proves_rank(self.centred()[:p, :p], least[:p])
+        return proves_rank(self.centred()[:p, :p], self._least()[:p])
 
 
 def clearly_independent(X: np.ndarray, intercept: bool) -> bool:

@@ -232,9 +232,7 @@ def spanning_term(terms: Terms, codings: Mapping[str, Coding]) -> int | None:
     return None
 
 
-def constant_columns(
-    terms: Terms, codings: Mapping[str, Coding], assign: np.ndarray
-) -> np.ndarray:
+def constant_columns(terms: Terms, codings: Mapping[str, Coding], assign: np.ndarray) -> np.ndarray:
     """Coefficients a with X a = 1, (p,): the intercept, or the dummies of a term; else zeros.
 
     ``assign`` is that of `Encoded`.

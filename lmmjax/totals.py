@@ -215,13 +215,12 @@ def sum_batch(rows: Columns, plan: Plan, rough: Rough) -> Part:
     """Sum the products of a batch, and what its exact units are found from."""
     standard = rough.apply(rows)
     part = sum_standardised(standard, rows.codes, rows.weights, plan)
-    part.flat.update(
-        x=standard.X.sum(axis=0),
-        xx=np.einsum("ij,ij->j", standard.X, standard.X),
-        y2=np.sum((rows.y - rough.shift) ** 2),
-    )
-    part.flat.update({f"z{k}": z.sum(axis=0) for k, z in enumerate(standard.Z)})
-    part.flat.update({f"zz{k}": np.einsum("ij,ij->j", z, z) for k, z in enumerate(standard.Z)})
+    part.flat["x"] = standard.X.sum(axis=0)
+    part.flat["xx"] = np.einsum("ij,ij->j", standard.X, standard.X)
+    part.flat["y2"] = np.asarray(np.sum((rows.y - rough.shift) ** 2))
+    for k, z in enumerate(standard.Z):
+        part.flat[f"z{k}"] = z.sum(axis=0)
+        part.flat[f"zz{k}"] = np.einsum("ij,ij->j", z, z)
     return part
 
 
