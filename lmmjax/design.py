@@ -25,12 +25,13 @@ from lmmjax.evaluate import (
 )
 from lmmjax.expr import Call, Name, Node, deparse, names_in
 from lmmjax.formula import Bar, ParsedFormula, Terms, expand, parse
-from lmmjax.late import Late, Made, Recipe, protected, release
+from lmmjax.late import Made, Recipe, protected, release
 from lmmjax.rank import Moments, clearly_independent, independent_columns
 from lmmjax.residual.frame import Residuals, build
 from lmmjax.residual.language import ResidualSpec
 from lmmjax.table import Table
 from lmmjax.terms import CONTRASTS, Coding, Encoded, centrable, encode
+from lmmjax.texts import given, make_late
 from lmmjax.variables import (
     Variables,
     complete_rows,
@@ -85,14 +86,8 @@ class Term:
     levels: np.ndarray
 
 
-def _late(owner: type, name: str) -> None:
-    """Let a field be made when it is first read; see `lmmjax.late`."""
-    attribute = Late()
-    attribute.__set_name__(owner, name)
-    setattr(owner, name, attribute)
-
-
-_late(Term, "z")
+make_late(Term, "z")
+make_late(Term, "levels")
 
 
 class NewTerm(NamedTuple):
@@ -133,6 +128,9 @@ class RandomSpec:
     codings: dict[str, Coding]
     names: tuple[str, ...]
     levels: np.ndarray
+
+
+make_late(RandomSpec, "levels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,7 +352,7 @@ class Design:
         return {**self.__dict__, "held": ()}
 
 
-_late(Design, "X")
+make_late(Design, "X")
 
 
 def build_design(
@@ -543,8 +541,9 @@ def _term(
     terms = expand(bar.expr, text)
     codings = _codings(terms, values, {})  # lme4 applies contrasts= to the fixed part only
     z, labels = _made(terms, codings, arrays, len(group.codes))
-    term = Term(bar.group, labels.names, bar.cov, z, group.codes, group.levels)  # type: ignore[arg-type]
-    return term, RandomSpec(bar, terms, codings, labels.names, group.levels)
+    levels = given(group, "levels")
+    term = Term(bar.group, labels.names, bar.cov, z, group.codes, levels)  # type: ignore[arg-type]
+    return term, RandomSpec(bar, terms, codings, labels.names, levels)
 
 
 def _codings(
@@ -732,7 +731,7 @@ def _check_weights(weights: np.ndarray, rows: pd.Index) -> None:
 def check_terms(design: Design) -> None:
     """Refuse a grouping factor of one level."""
     for term, spec in zip(design.terms, design.spec.random, strict=True):
-        if len(term.levels) < 2:
+        if len(given(term, "levels")) < 2:
             refuse_one_level(term, spec)
 
 
@@ -753,7 +752,7 @@ def check_identifiable(design: Design) -> None:
         A term with as many random effects as rows, or as many fixed effects as rows.
     """
     for term, spec in zip(design.terms, design.spec.random, strict=True):
-        levels, columns = len(term.levels), len(term.names)
+        levels, columns = len(given(term, "levels")), len(term.names)
         if levels * columns >= design.n:
             raise DesignError(
                 f"found {levels} levels x {columns} columns = {levels * columns} random effects in "

@@ -26,6 +26,7 @@ import numpy as np
 from lmmjax import cross
 from lmmjax.covariance import Covariance, covariance
 from lmmjax.errors import DesignError
+from lmmjax.texts import given
 
 # -------------------------------------------------------------------------------------------------
 # 1. Units
@@ -307,7 +308,7 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
     subject is nested may join the chain.
     """
     codes = {t.group: t.codes for t in design.terms}
-    sizes = {t.group: len(t.levels) for t in design.terms}
+    sizes = {t.group: len(given(t, "levels")) for t in design.terms}
 
     subjects = _subjects(design)
 
@@ -342,7 +343,8 @@ def arrange(
     factors = []
     for group, members in groups.items():
         S = sum(len(terms[k].names) for k in members)
-        factors.append(Factor(group, tuple(members), S, len(terms[members[0]].levels)))
+        J = len(given(terms[members[0]], "levels"))
+        factors.append(Factor(group, tuple(members), S, J))
     factors.sort(key=lambda f: -f.S * f.J)
     chain: list[Factor] = []
     core: list[Factor] = []

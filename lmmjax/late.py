@@ -2,7 +2,8 @@ r"""Model matrices that are made when somebody asks for them.
 
 A large fit reads its rows once, block by block, for their cross-products; only residuals,
 predictions and the like want the whole of X or Z. A `Recipe` keeps what the columns are made of,
-mostly the caller's own columns and codes, and makes all rows or some, always to the same bits.
+mostly the caller's own columns and codes, and makes all rows or some, always to the same bits. The
+attributes that hold such arrays are `lmmjax.texts.Late`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import pandas as pd
 from lmmjax.formula import Terms
 from lmmjax.rank import Moments
 from lmmjax.terms import Coding, Encoded, encode
+from lmmjax.texts import given
 
-__all__ = ["Late", "Made", "Recipe", "moments_of", "protected", "release", "rows_of"]
+__all__ = ["Made", "Recipe", "moments_of", "protected", "release", "rows_of"]
 
 Array = np.ndarray
 
@@ -80,36 +82,20 @@ class Made:
         return {**self.__dict__, "array": None}
 
 
-class Late:
-    """Attribute of a frozen dataclass that may be given as `Made`, and is an array when read."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: type) -> Array:
-        if instance is None:
-            raise AttributeError(self.name)  # a dataclass takes this for a field without default
-        value = instance.__dict__[self.name]
-        return value() if isinstance(value, Made) else value
-
-    def __set__(self, instance: Any, value: Array | Made) -> None:
-        instance.__dict__[self.name] = value
-
-
 def moments_of(holder: Any, name: str) -> Moments | None:
     """Return the moments that an attribute came with; none where another array was put there."""
-    value = vars(holder)[name]
+    value = given(holder, name)
     return value.moments if isinstance(value, Made) else None
 
 
 def rows_of(holder: Any, name: str, rows: slice) -> Array:
     """Return a copy of some rows of an attribute, which is not made for it."""
-    value = vars(holder)[name]
+    value = given(holder, name)
     return value.rows(rows) if isinstance(value, Made) else value[rows].copy(order="F")
 
 
 def release(*holders: Any) -> None:
-    """Forget the arrays that `Late` attributes have made."""
+    """Forget the arrays that attributes have made."""
     for holder in holders:
         for value in vars(holder).values():
             if isinstance(value, Made):

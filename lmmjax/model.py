@@ -17,6 +17,7 @@ from lmmjax.errors import DataError, DesignError, LmmError
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import require_float64
 from lmmjax.residual.language import ResidualSpec, parse_residual
+from lmmjax.texts import given
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -215,7 +216,7 @@ class Model:
     @property
     def groups(self) -> dict[str, int]:
         """Grouping factors and their numbers of levels, in formula order."""
-        return {t.group: len(t.levels) for t in self.design.terms}
+        return {t.group: len(given(t, "levels")) for t in self.design.terms}
 
     @property
     def engine(self) -> str:
