@@ -25,7 +25,7 @@ from lmmjax.evaluate import (
 )
 from lmmjax.expr import Call, Name, Node, deparse, names_in
 from lmmjax.formula import Bar, ParsedFormula, Terms, expand, parse
-from lmmjax.late import Made, Recipe, protected, release
+from lmmjax.late import Made, Recipe, protected, release, sharing
 from lmmjax.rank import Moments, clearly_independent, independent_columns
 from lmmjax.residual.frame import Residuals, build
 from lmmjax.residual.language import ResidualSpec
@@ -466,10 +466,11 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         _check_finite(value, name)
     n = len(raw.rows)
     fixed = _codings(parsed.terms, raw.values, _check_contrasts(contrasts, parsed, raw.values))
-    held = tuple(raw.columns.values())
-    arrays = {name: protected(_array(value), held) for name, value in raw.values.items()}
+    columns = raw.columns.values()
+    arrays = {name: protected(_array(value), columns) for name, value in raw.values.items()}
+    response = protected(raw.y, columns)
     fixed_part, full = _made(parsed.terms, fixed, arrays, n)
-    y = raw.y if raw.offset is None else raw.y - raw.offset
+    y = response if raw.offset is None else response - raw.offset
     if n > LARGE and parsed.terms.intercept:
         fixed_part.moments = _moments(fixed_part, y, len(full.names))
     keep = _full_rank(fixed_part, len(full.names))
@@ -497,7 +498,7 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
     return Design(
         formula=parsed.text,
         response=parsed.response,
-        y=protected(raw.y, held),
+        y=response,
         X=fixed_part.kept(keep),  # type: ignore[arg-type]
         x_names=tuple(name for name, kept in zip(full.names, keep, strict=True) if kept),
         x_terms=(("(Intercept)",) if intercept else ()) + parsed.terms.labels,
@@ -513,7 +514,7 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         missing=raw.missing,
         spec=spec,
         columns={name: raw.columns[name] for name in raw.raw_fixed},
-        held=held,
+        held=sharing(columns, [response, *arrays.values()]),
     )
 
 

@@ -110,12 +110,7 @@ def finish(layout: Layout, method: str, gram: Gram, rhs: Rhs, s: optimize.State)
     return pack(*_estimates(layout, method, gram, rhs, optimize.stop(s)))
 
 
-def is_large(layout: Layout, optimizer: Any) -> bool:
-    """Whether :func:`solve_large` is worth its many calls."""
-    return layout.q >= LARGE and layout.n_theta > 0 and optimizer == "newton"
-
-
-def solve_large(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array) -> jax.Array:
+def solve_large(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: Any) -> jax.Array:
     """:func:`solve` by Newton's method in small programs, which are compiled one after the other.
 
     The compiler's memory grows with the length of a program and is returned after each. The calls,
@@ -126,6 +121,15 @@ def solve_large(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.A
         found = compiled_first(slopes, key, layout, method, gram, rhs, s)
         s, going = compiled_first(advance, key, s, *found)
     return compiled_first(finish, key, layout, method, gram, rhs, s)
+
+
+def solve_any(
+    layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: Any, optimizer: Any = "newton"
+) -> Any:
+    """:func:`solve`, or for many random effects :func:`solve_large`, if it has that optimiser."""
+    if layout.q >= LARGE and layout.n_theta > 0 and optimizer == "newton":
+        return solve_large(layout, method, gram, rhs, theta0)
+    return solve(layout, method, gram, rhs, theta0, optimizer=optimizer)
 
 
 @functools.partial(jax.jit, static_argnames="layout")

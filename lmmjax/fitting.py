@@ -130,11 +130,8 @@ def _solve(model: Model, method: str, free0: np.ndarray, key: Any, mesh: Any) ->
 
             values = program.solve(layout, method, model._source(), free0, optimizer=key)
         else:
-            layout, *arrays = model._fitted_arrays[method]
-            if estimate.is_large(layout, key):
-                values = estimate.solve_large(layout, method, *arrays, free0)
-            else:
-                values = estimate.solve(layout, method, *arrays, free0, optimizer=key)
+            layout, the_gram, rhs = model._fitted_arrays[method]
+            values = estimate.solve_any(layout, method, the_gram, rhs, free0, optimizer=key)
         packed = np.asarray(values, float)
     packed.setflags(write=False)
     return Solution(packed, len(free0), model.design.p, layout.p)

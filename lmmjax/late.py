@@ -20,7 +20,7 @@ from lmmjax.rank import Moments
 from lmmjax.terms import Coding, Encoded, encode
 from lmmjax.texts import given
 
-__all__ = ["Made", "Recipe", "moments_of", "protected", "release", "rows_of"]
+__all__ = ["Made", "Recipe", "moments_of", "protected", "release", "rows_of", "sharing"]
 
 Array = np.ndarray
 
@@ -102,13 +102,17 @@ def release(*holders: Any) -> None:
                 value.array = None
 
 
+def sharing(columns: Iterable[pd.Series], arrays: Iterable[Array]) -> tuple[pd.Series, ...]:
+    """Return the columns whose memory the arrays use."""
+    arrays = list(arrays)
+    plain = ((c, c.to_numpy()) for c in columns if isinstance(c.dtype, np.dtype))
+    return tuple(c for c, x in plain if any(np.may_share_memory(a, x) for a in arrays))
+
+
 def protected(value: Array, columns: Iterable[pd.Series]) -> Array:
     """Return values that the caller cannot change: a copy only where they are his memory.
 
     Under pandas' copy-on-write the arrays of columns are read-only, and pandas writes elsewhere as
-    long as somebody holds the columns (series): the caller of this function has to.
+    long as somebody holds the columns: see `sharing`.
     """
-    if not value.flags.writeable:
-        return value
-    plain = (c.to_numpy() for c in columns if isinstance(c.dtype, np.dtype))
-    return value.copy() if any(np.may_share_memory(value, c) for c in plain) else value
+    return value.copy() if value.flags.writeable and sharing(columns, [value]) else value
