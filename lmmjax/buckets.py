@@ -13,6 +13,7 @@ On a processor the levels of a large factor by itself are gone through in blocks
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -121,12 +122,22 @@ def _core_positions(layout: Layout, to: Layout) -> np.ndarray:
 
 def _levels(a: Any, J: int) -> np.ndarray:
     """Zeros appended to the last axis."""
-    return np.pad(a, [(0, 0)] * (np.ndim(a) - 1) + [(0, J - np.shape(a)[-1])])
+    out = _zeros((*np.shape(a)[:-1], J), a.dtype)
+    out[..., : np.shape(a)[-1]] = a
+    return out
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros whose memory JAX can use as it is on a processor: at a multiple of 64 bytes."""
+    size, line = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    memory = np.zeros(size + line, np.uint8)
+    start = -memory.ctypes.data % line
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _border(a: Any, positions: np.ndarray, width: int, J: int) -> np.ndarray:
     """Columns moved to ``positions`` of ``width``, and zero levels appended: (S, width, J)."""
-    out = np.zeros((a.shape[0], width, J), a.dtype)
+    out = _zeros((a.shape[0], width, J), a.dtype)
     if np.array_equal(positions, np.arange(len(positions))):
         out[:, : len(positions), : a.shape[-1]] = a  # half the time of an index array
     else:

@@ -314,8 +314,10 @@ class Model:
             if small is not None:
                 layout, the_gram, rhs = small.layout, small.gram, small.rhs(rhs)
         to, the_gram, rhs = buckets.pad(layout, *self._cast((the_gram, rhs)))
-        arrays = self._on_device if to == self._plan.layout else (the_gram, rhs)
-        return (to, *jax.tree.map(jnp.asarray, arrays))
+        if to == self._plan.layout:
+            return (to, *self._on_device)
+        # nobody else has these arrays, so JAX may use their memory
+        return (to, *jax.tree.map(jax.device_put, (the_gram, rhs)))
 
     @cached_property
     def _fitted_arrays(self) -> dict[str, tuple[Layout, Gram, Rhs]]:
