@@ -125,9 +125,7 @@ def test_late_rows_have_the_same_bits_also_after_pickling(
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("as_dict", [False, True])
-def test_writing_to_the_data_afterwards_changes_nothing(
-    as_dict: bool, table: pd.DataFrame
-) -> None:
+def test_writing_to_the_data_afterwards_changes_nothing(as_dict: bool, table: pd.DataFrame) -> None:
     data = {name: table[name].to_numpy().copy() for name in table} if as_dict else table.copy()
     model = lmm.Model("y ~ x + v + (x | g)", data)
     if isinstance(data, dict):
