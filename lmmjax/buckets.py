@@ -5,13 +5,18 @@ What is padded contributes exactly nothing: a level without rows has zero produc
 Λ'AΛ + I is I and its log-determinant 0; a dummy fixed effect is a unit diagonal of X'X without any
 other product, so its coefficient is 0 and its log-determinant 0. The residual degrees of freedom
 n - p stay right if n counts the dummies too (REML).
+
+On a processor the levels of a large factor by itself are gone through in blocks that fit its cache
+(likelihood.over_blocks); an accelerator takes them at once, and so does a fit over several devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from lmmjax.cross import Cross
@@ -19,6 +24,10 @@ from lmmjax.gram import Gram, Layout, Rhs
 
 #: a dense core is factorised in cubic time: beyond this many columns padding would cost
 LARGEST_CORE = 64
+
+#: levels from which a factor by itself is gone through in blocks, and levels of a block at most:
+#: its arrays, some 60 numbers a level for a slope, then stay in the second-level cache
+MANY_LEVELS, BLOCK_LEVELS = 2**14, 2**12
 
 
 def bucket(size: int, steps: int = 2) -> int:
@@ -35,7 +44,19 @@ def bucket(size: int, steps: int = 2) -> int:
 
 def bucket_levels(size: int) -> int:
     """Finer buckets for many levels, whose arithmetic costs more than their compilation."""
-    return bucket(size, 2 if size < 1000 else 8)
+    return bucket(size, 2 if size < 1000 else 8 if size < MANY_LEVELS else 16)
+
+
+def level_blocks(J: int) -> int:
+    """In how many equal blocks a processor goes through J levels of a factor by itself.
+
+    >>> [level_blocks(J) for J in (18, 8192, 20480, 204800)]
+    [1, 1, 5, 50]
+    """
+    if J < MANY_LEVELS:
+        return 1
+    fits = (n for n in range(-(-J // BLOCK_LEVELS), J // 8 + 1) if J % (8 * n) == 0)
+    return next(fits, 1)
 
 
 def padded_layout(layout: Layout) -> Layout:
@@ -45,7 +66,10 @@ def padded_layout(layout: Layout) -> Layout:
         core = tuple((terms, S, bucket(J)) for terms, S, J in core)
     chain = tuple((terms, S, bucket_levels(J)) for terms, S, J in layout.chain)
     p = bucket(layout.p) if layout.p else 0
-    return dataclasses.replace(layout, chain=chain, core=core, p=p)
+    blocks = 1
+    if len(chain) == 1 and not core and jax.default_backend() == "cpu":
+        blocks = level_blocks(chain[0][2])
+    return dataclasses.replace(layout, chain=chain, core=core, p=p, blocks=blocks)
 
 
 def pad(layout: Layout, gram: Gram, rhs: Rhs) -> tuple[Layout, Gram, Rhs]:
@@ -70,10 +94,7 @@ def pad(layout: Layout, gram: Gram, rhs: Rhs) -> tuple[Layout, Gram, Rhs]:
         parent=tuple(
             tuple(_levels(a, J) for a in row) for row, J in zip(gram.parent, sizes, strict=True)
         ),
-        border=tuple(
-            _levels(_spread(a, border, width, axis=1), J)
-            for a, J in zip(gram.border, sizes, strict=True)
-        ),
+        border=tuple(_border(a, border, width, J) for a, J in zip(gram.border, sizes, strict=True)),
         core=full,
         n=gram.n,
         logdet_R=gram.logdet_R,
@@ -101,7 +122,27 @@ def _core_positions(layout: Layout, to: Layout) -> np.ndarray:
 
 def _levels(a: Any, J: int) -> np.ndarray:
     """Zeros appended to the last axis."""
-    return np.pad(a, [(0, 0)] * (np.ndim(a) - 1) + [(0, J - np.shape(a)[-1])])
+    out = _zeros((*np.shape(a)[:-1], J), a.dtype)
+    out[..., : np.shape(a)[-1]] = a
+    return out
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros whose memory JAX can use as it is on a processor: at a multiple of 64 bytes."""
+    size, line = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    memory = np.zeros(size + line, np.uint8)
+    start = -memory.ctypes.data % line
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _border(a: Any, positions: np.ndarray, width: int, J: int) -> np.ndarray:
+    """Columns moved to ``positions`` of ``width``, and zero levels appended: (S, width, J)."""
+    out = _zeros((a.shape[0], width, J), a.dtype)
+    if np.array_equal(positions, np.arange(len(positions))):
+        out[:, : len(positions), : a.shape[-1]] = a  # half the time of an index array
+    else:
+        out[:, positions, : a.shape[-1]] = a
+    return out
 
 
 def _spread(a: Any, positions: np.ndarray, size: int, axis: int) -> np.ndarray:

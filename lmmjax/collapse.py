@@ -20,6 +20,7 @@ balanced longitudinal designs collapse by visit pattern.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,9 @@ EQUAL = 1e-13
 
 #: collapsing must leave at most this share of the levels, or it is not done
 WORTH = 0.7
+
+#: levels from which a sample is looked at first
+MANY = 4096
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,21 @@ def _scatter_levels(rest: np.ndarray) -> np.ndarray:
     return np.where(finite, Q * np.sqrt(np.maximum(e, 0.0))[..., None, :], np.nan)
 
 
+def _differ(own: np.ndarray) -> bool:
+    """Whether some entry of the blocks has more than ``WORTH`` J distinct values.
+
+    A sample shows that without sorting J of them: of 16 √J drawn from so few distinct ones that
+    collapsing pays, some 77 pairs or more agree; none does with a chance of e⁻⁷⁷.
+    """
+    S, _, J = own.shape
+    entries = [own[s, t] for s in range(S) for t in range(s + 1)]
+    if J > MANY:
+        drawn = np.random.default_rng(0).choice(J, 16 * math.isqrt(J), replace=False)
+        if any(len(np.unique(x[drawn])) == len(drawn) for x in entries):
+            return True
+    return any(len(np.unique(x)) > WORTH * J for x in entries)
+
+
 def _classes(own: np.ndarray) -> list[np.ndarray]:
     """Places of the levels of each class of equal blocks."""
     S, _, J = own.shape
@@ -130,7 +149,7 @@ def collapse(layout: Layout, gram: Gram) -> Collapsed | None:
         return None
     (terms, S, J) = layout.chain[0]
     own, border = np.asarray(gram.own[0]), np.asarray(gram.border[0])
-    if any(len(np.unique(own[s, t])) > WORTH * J for s in range(S) for t in range(s + 1)):
+    if _differ(own):
         return None
     found = _classes(own)
     if len(found) > WORTH * J:

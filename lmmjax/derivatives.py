@@ -227,7 +227,7 @@ class SparseP(NamedTuple):
 
     def apply(self, v: jax.Array) -> jax.Array:
         """P_i v: (d, k) -> (S, k, J)."""
-        return _times(self.N, cr.from_core(self.cross, v, self.N.shape[-1]))
+        return lk.matvec(self.N, cr.from_core(self.cross, v, self.N.shape[-1]))
 
     def transposed(self, x: jax.Array) -> jax.Array:
         """Σ_i P_i'x_i: (S, k, J) -> (d, k)."""
@@ -236,7 +236,7 @@ class SparseP(NamedTuple):
     def conjugate(self, Q: jax.Array) -> jax.Array:
         """P_iQP_i': (d, d) -> (S, S, J)."""
         middle = cr.conjugate_core(self.cross, Q, self.N.shape[-1])
-        return _inner(_times(self.N, middle), self.N)
+        return _inner(lk.matvec(self.N, middle), self.N)
 
     def conjugate_sum(self, Q: jax.Array) -> jax.Array:
         """Σ_i P_iQP_i': (d, d) -> (S, S)."""
@@ -273,6 +273,8 @@ class Pieces(NamedTuple):
 def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) -> Pieces:
     """From the factorisation: with W = U⁻'Λ'(·), Z₁'V₁⁻¹B = B - W_A'W_B, no inverse formed."""
     red, d = lk.reduce(layout, theta, gram, rhs, units), layout.d
+    if d == 0:
+        return _plain_pieces(layout, red, gram, rhs)
     # written out once: left to itself, the compiler repeats the elimination for every use of it
     red = jax.lax.optimization_barrier(red)
     f = red.factorised
@@ -294,11 +296,75 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
     half = lk.scale_core(layout, transposed, lk.inverse_from_cholesky(f.core[:d, :d]))
     Q = lk.scale_core(layout, transposed, half.T)
     QK = Q @ K[:, d:]
-    T, T_core = fixed - P.apply(QK) if d else fixed, K[:, d:] - K[:, :d] @ QK
+    T, T_core = fixed - P.apply(QK), K[:, d:] - K[:, :d] @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
     lams = list(f.lams)
     a, every_a, T = jax.lax.optimization_barrier((a, every_a, T))
     return Pieces(red, lams, a, every_a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
+
+
+def _plain_pieces(layout: Layout, red: lk.Reduction, gram: Gram, rhs: Rhs) -> Pieces:
+    """:func:`_pieces` of one factor by itself."""
+    lams = list(red.factorised.lams)
+    B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
+    a, every_a, T = _plain_levels(lams[0], gram.own[0], B, gram.times)
+    dtype, m = T.dtype, T.shape[1]
+    none, P = jnp.zeros((0, 0), dtype), DenseP(jnp.zeros((T.shape[0], 0, T.shape[-1]), dtype))
+    v, T_core = jnp.append(-lk.fixef(red), 1.0).astype(dtype), jnp.zeros((0, m), dtype)
+    return Pieces(red, lams, a, every_a, P, T, T_core, none, none, none, v, lk.unscaled_vcov(red))
+
+
+def _plain_levels(
+    lam: jax.Array, A: jax.Array, B: jax.Array, times: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """a_i, a_i times the levels that it stands for, and T_i, of one factor by itself.
+
+    N = (I + AΣ)⁻¹ = I - AG gives a = NA and T = NB, B = Z'R⁻¹[X y].
+    """
+    _, root = lk.plain_root(lam, A)
+    eye = jnp.eye(len(lam), dtype=lam.dtype)[..., None]
+    N = jax.lax.optimization_barrier(eye - lk.matvec(A, lk.per_level(root, root)))
+    a, T = jax.lax.optimization_barrier((lk.matvec(N, A), lk.matvec(N, B)))
+    return a, a * times[0] if times else a, T
+
+
+class LevelSums(NamedTuple):
+    """What the closed forms need of the chain's levels once C is known, summed over them."""
+
+    gamma: jax.Array  # Σ a - T C T', (S, S)
+    outer: jax.Array  # Σ T ⊗ T, (S, p + 1, S, p + 1)
+    four: jax.Array  # Σ (2 T C T' - a) ⊗ a, (S, S, S, S)
+
+
+def _level_sums(layout: Layout, k: Pieces, C: jax.Array, gram: Gram, rhs: Rhs) -> LevelSums:
+    if layout.blocks == 1:
+        return _summed(k.a, k.every_a, k.T, C)
+
+    def part(A: jax.Array, B: jax.Array, times: Any) -> LevelSums:
+        return _summed(*_plain_levels(k.lams[0], A, B, times), C)
+
+    return lk.over_blocks(layout, part, gram, rhs)
+
+
+def _summed(a: jax.Array, every_a: jax.Array, T: jax.Array, C: jax.Array) -> LevelSums:
+    H = _conjugate(C, T)
+    return LevelSums(jnp.sum(every_a - H, axis=-1), _outer(T, T), _outer(2 * H - every_a, a))
+
+
+def _conjugate(C: jax.Array, T: jax.Array) -> jax.Array:
+    """T C T' per level for a symmetric C: (m, m), (S, m, J) -> (S, S, J).
+
+    A small C is unrolled: one fused loop over the levels.
+    """
+    (S, m, _), H = T.shape, {}
+    if C.size > SMALL_PRODUCT:
+        return jax.lax.optimization_barrier(_inner(_left(C, T), T))
+    for i in range(S):
+        CT = [sum(C[x, y] * T[i, y] for y in range(m)) for x in range(m)]
+        for j in range(i + 1):
+            H[i, j] = H[j, i] = sum(CT[x] * T[j, x] for x in range(m))
+    rows = [jnp.stack([H[i, j] for j in range(S)]) for i in range(S)]
+    return jax.lax.optimization_barrier(jnp.stack(rows))
 
 
 def _left(A: jax.Array, x: jax.Array) -> jax.Array:
@@ -310,11 +376,6 @@ def _left(A: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.stack([A @ rows for rows in x])
     rows = [sum(A[i, j] * x[:, j] for j in range(A.shape[1])) for i in range(A.shape[0])]
     return jnp.stack(rows, axis=1)
-
-
-def _times(N: jax.Array, x: jax.Array) -> jax.Array:
-    """N x per level: (S, R, J), (R, k, J) -> (S, k, J)."""
-    return jnp.sum(N[:, :, None] * x[None], axis=1)
 
 
 def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -402,18 +463,22 @@ def _pair(blocks: list[jax.Array], E: list[jax.Array]) -> jax.Array:
     return jnp.sum(jnp.stack(terms), axis=0)
 
 
-def _s_dot(layout: Layout, k: Pieces, E: list[jax.Array]) -> jax.Array:
-    """Ṡ_k = T'E_k T, (n_theta, p + 1, p + 1)."""
-    chain = _contract("kab,ambn->kmn", E[0], _outer(k.T, k.T))
+def _s_dot(
+    layout: Layout, k: Pieces, E: list[jax.Array], outer: jax.Array | None = None
+) -> jax.Array:
+    """Ṡ_k = T'E_k T, (n_theta, p + 1, p + 1); ``outer`` is Σ T ⊗ T of the chain, where known."""
+    outer = _outer(k.T, k.T) if outer is None else outer
+    chain = _contract("kab,ambn->kmn", E[0], outer)
     if not layout.core:
         return chain
     return chain + jnp.einsum("dm,kdn->kmn", k.T_core, _apply_core(layout, E[1:], k.T_core))
 
 
-def _traces(layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array) -> jax.Array:
+def _traces(
+    layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array, four: jax.Array
+) -> jax.Array:
     """2 tr(C T'E_k Ã E_l T) - tr(Ã E_k Ã E_l), (n_theta, n_theta)."""
-    H = _inner(_left(C, k.T), k.T)
-    hessian = _double(_outer(2 * H - k.every_a, k.a), E[0], E[0])
+    hessian = _double(four, E[0], E[0])
     if not layout.core:
         return hessian
     return hessian + _core_traces(layout, k, E, C)
@@ -475,7 +540,8 @@ def closed_form(
     if reml:
         C = C.at[:p, :p].add(k.S_inv)
     C = jax.lax.optimization_barrier(C)
-    gamma = _gamma(layout, k, C)
+    sums = _level_sums(layout, k, C, gram, rhs)
+    gamma = _gamma(layout, k, C, sums.gamma)
     value, gradient = lk.deviance(k.red, method), _pair(gamma, E)
     if order < 2:
         return value, gradient, jnp.zeros((len(theta), len(theta)), theta.dtype)
@@ -485,21 +551,27 @@ def closed_form(
 
     hessian = jax.hessian(linear_in_sigma)(theta)
     if exact:
-        hessian = hessian + _curvature(layout, k, E, C, ratio, reml)
+        hessian = hessian + _curvature(layout, k, E, C, ratio, reml, sums)
     else:
         hessian = hessian + _average(layout, k, E, ratio)
     return value, gradient, 0.5 * (hessian + hessian.T)
 
 
 def _curvature(
-    layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array, ratio: jax.Array, reml: bool
+    layout: Layout,
+    k: Pieces,
+    E: list[jax.Array],
+    C: jax.Array,
+    ratio: jax.Array,
+    reml: bool,
+    sums: LevelSums,
 ) -> jax.Array:
     """The Hessian less its term in ∂²Σ."""
-    p, S_dot = k.red.p, _s_dot(layout, k, E)
+    p, S_dot = k.red.p, _s_dot(layout, k, E, sums.outer)
     S_v = _contract("kmn,n->km", S_dot, k.v)
     along = _contract("km,m->k", S_v, k.v)
     shared = _contract("ki,ij,lj->kl", S_v[:, :p], k.S_inv, S_v[:, :p])
-    hessian = _traces(layout, k, E, C) - 2 * ratio * shared
+    hessian = _traces(layout, k, E, C, sums.four) - 2 * ratio * shared
     hessian = hessian - ratio / k.red.r2 * jnp.outer(along, along)
     if reml:
         MS = _contract("ij,kjm->kim", k.S_inv, S_dot[:, :p, :p])
@@ -516,7 +588,7 @@ def _average(layout: Layout, k: Pieces, E: list[jax.Array], ratio: jax.Array) ->
     w_core = _apply_core(layout, E[1:], t_core[:, None])[..., 0].T  # (d, n_theta)
     Kw = k.K @ w_core
     u = k.P.transposed(w)
-    Aw = _times(k.a, w) + k.P.apply(w_core - k.Q @ (Kw + u))
+    Aw = lk.matvec(k.a, w) + k.P.apply(w_core - k.Q @ (Kw + u))
     Aw_core = Kw - k.K @ (k.Q @ Kw) + u - k.K @ (k.Q @ u)
     q = jnp.einsum("akj,alj->kl", w, Aw) + w_core.T @ Aw_core
     S_v = jnp.einsum("amj,akj->km", k.T, w) + w_core.T @ k.T_core
@@ -525,9 +597,15 @@ def _average(layout: Layout, k: Pieces, E: list[jax.Array], ratio: jax.Array) ->
     return ratio * q - ratio / k.red.r2 * jnp.outer(along, along)
 
 
-def _gamma(layout: Layout, k: Pieces, C: jax.Array) -> list[jax.Array]:
-    """Sums of the diagonal blocks of Γ = Ã - T C T' per factor, (S, S) each."""
-    chain = jnp.sum(k.every_a - _inner(_left(C, k.T), k.T), axis=-1)
+def _gamma(
+    layout: Layout, k: Pieces, C: jax.Array, chain: jax.Array | None = None
+) -> list[jax.Array]:
+    """Sums of the diagonal blocks of Γ = Ã - T C T' per factor, (S, S) each.
+
+    ``chain`` is Σ a - T C T' of the chain, where known.
+    """
+    if chain is None:
+        chain = jnp.sum(k.every_a - _conjugate(C, k.T), axis=-1)
     if not layout.core:
         return [chain]
     chain = chain - k.P.conjugate_sum(k.Q)

@@ -25,11 +25,13 @@ from lmmjax.evaluate import (
 )
 from lmmjax.expr import Call, Name, Node, deparse, names_in
 from lmmjax.formula import Bar, ParsedFormula, Terms, expand, parse
-from lmmjax.rank import clearly_independent, independent_columns
+from lmmjax.late import Made, Recipe, protected, release, sharing
+from lmmjax.rank import Moments, clearly_independent, independent_columns
 from lmmjax.residual.frame import Residuals, build
 from lmmjax.residual.language import ResidualSpec
 from lmmjax.table import Table
-from lmmjax.terms import CONTRASTS, Coding, centrable, encode
+from lmmjax.terms import CONTRASTS, Coding, Encoded, centrable, encode
+from lmmjax.texts import given, make_late
 from lmmjax.variables import (
     Variables,
     complete_rows,
@@ -50,6 +52,10 @@ __all__ = [
     "build_design",
     "check_identifiable",
 ]
+
+
+#: the X and z of more rows than this are made only when somebody reads them
+LARGE = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +84,10 @@ class Term:
     z: np.ndarray
     codes: np.ndarray
     levels: np.ndarray
+
+
+make_late(Term, "z")
+make_late(Term, "levels")
 
 
 class NewTerm(NamedTuple):
@@ -118,6 +128,9 @@ class RandomSpec:
     codings: dict[str, Coding]
     names: tuple[str, ...]
     levels: np.ndarray
+
+
+make_late(RandomSpec, "levels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,6 +304,12 @@ class Design:
         Raw columns of the fixed part in the rows used, not copied: for reference grids.
     residual : Residuals or None
         Arrays of the residual structure; None where the residuals are independent.
+    held : tuple of Series
+        Columns whose memory the arrays share: pandas does not write there while they are held.
+
+    Notes
+    -----
+    X and the z of the terms of a large table are made when they are first read.
     """
 
     formula: str
@@ -312,16 +331,28 @@ class Design:
     spec: DesignSpec = field(repr=False)
     columns: dict[str, pd.Series] = field(repr=False, default_factory=dict)
     residual: Residuals | None = field(default=None, repr=False)
+    held: tuple[pd.Series, ...] = field(default=(), repr=False)
 
     @property
     def n(self) -> int:
         """Rows used."""
-        return self.X.shape[0]
+        return len(self.rows)
 
     @property
     def p(self) -> int:
         """Fixed effects."""
-        return self.X.shape[1]
+        return len(self.x_names)
+
+    def release(self) -> None:
+        """Forget X and the z of the terms, if they are large; whoever reads them makes them."""
+        if self.n > LARGE:
+            release(self, *self.terms)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held": ()}
+
+
+make_late(Design, "X")
 
 
 def build_design(
@@ -435,17 +466,23 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         _check_finite(value, name)
     n = len(raw.rows)
     fixed = _codings(parsed.terms, raw.values, _check_contrasts(contrasts, parsed, raw.values))
-    arrays = {name: _array(value) for name, value in raw.values.items()}
-    full = encode(parsed.terms, fixed, arrays, n)
-    keep = _full_rank(parsed.terms, fixed, arrays, full.X)
+    columns = raw.columns.values()
+    arrays = {name: protected(_array(value), columns) for name, value in raw.values.items()}
+    response = protected(raw.y, columns)
+    fixed_part, full = _made(parsed.terms, fixed, arrays, n)
+    y = response if raw.offset is None else response - raw.offset
+    if n > LARGE and parsed.terms.intercept:
+        fixed_part.moments = _moments(fixed_part, y, len(full.names))
+    keep = _full_rank(fixed_part, len(full.names))
     pairs = [
         _term(bar, group, raw.values, arrays, parsed.text)
         for bar, group in zip(parsed.bars, raw.groups, strict=True)
     ]
-    offset = np.zeros(n) if raw.offset is None else np.array(raw.offset)
-    weights = np.ones(n) if raw.weights is None else np.array(raw.weights)
-    _check_response(raw.y, offset, parsed.response)
-    _check_weights(weights, raw.rows)
+    offset = np.broadcast_to(0.0, n) if raw.offset is None else np.array(raw.offset)
+    weights = np.broadcast_to(1.0, n) if raw.weights is None else np.array(raw.weights)
+    _check_response(y, parsed.response, bool(np.any(offset)))
+    if raw.weights is not None:
+        _check_weights(weights, raw.rows)
     spec = DesignSpec(
         parsed=parsed,
         codings=fixed,
@@ -455,14 +492,14 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         levels=_raw_levels(raw),
         offset=raw.offset_source,
         safe=safe,
-        alias=None if keep.all() else _aliases(full.X, keep),
+        alias=None if keep.all() else _aliases(fixed_part(), keep),
     )
     intercept = parsed.terms.intercept
     return Design(
         formula=parsed.text,
         response=parsed.response,
-        y=np.array(raw.y),  # may be the caller's memory
-        X=full.X if keep.all() else np.asfortranarray(full.X[:, keep]),
+        y=response,
+        X=fixed_part.kept(keep),  # type: ignore[arg-type]
         x_names=tuple(name for name, kept in zip(full.names, keep, strict=True) if kept),
         x_terms=(("(Intercept)",) if intercept else ()) + parsed.terms.labels,
         x_assign=full.assign[keep] - (0 if intercept else 1),
@@ -477,7 +514,17 @@ def _assemble(parsed: ParsedFormula, raw: Variables, contrasts: Any, safe: bool)
         missing=raw.missing,
         spec=spec,
         columns={name: raw.columns[name] for name in raw.raw_fixed},
+        held=sharing(columns, [response, *arrays.values()]),
     )
+
+
+def _made(
+    terms: Terms, codings: dict[str, Coding], arrays: Mapping[str, np.ndarray], n: int
+) -> tuple[Made, Encoded]:
+    """A model matrix, made now unless it is large, and its labels."""
+    recipe = Recipe(terms, codings, arrays, n)
+    labels = recipe.encode(slice(0, 1) if n > LARGE else None)
+    return Made(recipe, None if n > LARGE else labels.X), labels
 
 
 def _aliases(X: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -494,9 +541,10 @@ def _term(
 ) -> tuple[Term, RandomSpec]:
     terms = expand(bar.expr, text)
     codings = _codings(terms, values, {})  # lme4 applies contrasts= to the fixed part only
-    encoded = encode(terms, codings, arrays, len(group.codes))
-    term = Term(bar.group, encoded.names, bar.cov, encoded.X, group.codes, group.levels)
-    return term, RandomSpec(bar, terms, codings, encoded.names, group.levels)
+    z, labels = _made(terms, codings, arrays, len(group.codes))
+    levels = given(group, "levels")
+    term = Term(bar.group, labels.names, bar.cov, z, group.codes, levels)  # type: ignore[arg-type]
+    return term, RandomSpec(bar, terms, codings, labels.names, levels)
 
 
 def _codings(
@@ -573,18 +621,30 @@ def _raw_levels(raw: Variables) -> dict[str, tuple[str, ...] | None]:
     return levels
 
 
-def _full_rank(
-    terms: Terms, codings: dict[str, Coding], arrays: dict[str, np.ndarray], X: np.ndarray
-) -> np.ndarray:
+def _moments(made: Made, y: np.ndarray, width: int) -> Moments | None:
+    """Moments of the columns of X beside the intercept, and of y, if they prove full rank."""
+    size = 1 << 14  # rows that stay in the processor's cache
+    found = Moments.of(
+        (
+            np.column_stack([made.rows(slice(i, i + size))[:, 1:], y[i : i + size]])
+            for i in range(0, len(y), size)
+        ),
+        shifted=True,
+    )
+    return found if found.independent(width - 1, intercept=True) else None
+
+
+def _full_rank(made: Made, width: int) -> np.ndarray:
     """Return which columns of X are kept; a closer look only where dependence is possible."""
-    if clearly_independent(X, terms.intercept):
-        return np.ones(X.shape[1], bool)
+    terms, codings, arrays = made.recipe.terms, made.recipe.codings, made.recipe.values
+    if made.moments is not None or clearly_independent(made(), terms.intercept):
+        return np.ones(width, bool)
     centred = dict(arrays)
     for name in centrable(terms, codings):
         values = arrays[name] - arrays[name][0]
         centred[name] = values - values.mean(axis=0)
     # Centring each variable leaves the column space alone, but x1e8 no longer looks constant.
-    judged = encode(terms, codings, centred, X.shape[0]).X
+    judged = encode(terms, codings, centred, made.recipe.n).X
     return independent_columns(judged, terms.intercept)
 
 
@@ -650,10 +710,10 @@ def _check_finite(value: Any, name: str) -> None:
         )
 
 
-def _check_response(y: np.ndarray, offset: np.ndarray, name: str) -> None:
-    rest = y - offset
-    if np.all(rest == rest[0]):
-        what = "response minus offset" if np.any(offset) else "response"
+def _check_response(rest: np.ndarray, name: str, offset: bool) -> None:
+    """Refuse a constant response, given less the offset."""
+    if rest[0] == rest[-1] and np.all(rest == rest[0]):
+        what = "response minus offset" if offset else "response"
         raise DataError(
             f"found a constant {what} ({name}: {rest[0]:g} in all {rest.size} rows); expected "
             "numbers that vary. Check the column."
@@ -672,7 +732,7 @@ def _check_weights(weights: np.ndarray, rows: pd.Index) -> None:
 def check_terms(design: Design) -> None:
     """Refuse a grouping factor of one level."""
     for term, spec in zip(design.terms, design.spec.random, strict=True):
-        if len(term.levels) < 2:
+        if len(given(term, "levels")) < 2:
             refuse_one_level(term, spec)
 
 
@@ -693,7 +753,7 @@ def check_identifiable(design: Design) -> None:
         A term with as many random effects as rows, or as many fixed effects as rows.
     """
     for term, spec in zip(design.terms, design.spec.random, strict=True):
-        levels, columns = len(term.levels), len(term.names)
+        levels, columns = len(given(term, "levels")), len(term.names)
         if levels * columns >= design.n:
             raise DesignError(
                 f"found {levels} levels x {columns} columns = {levels * columns} random effects in "

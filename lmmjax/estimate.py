@@ -15,10 +15,14 @@ import numpy as np
 
 from lmmjax import derivatives, optimize
 from lmmjax import likelihood as lk
+from lmmjax.compiling import compiled_first
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.optimize import Optimum
 from lmmjax.solution import pack
 from lmmjax.start import identity
+
+#: models of so many random effects are fitted by two programs
+LARGE = 1 << 14
 
 
 class Estimates(NamedTuple):
@@ -35,11 +39,10 @@ def criterion(layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rh
     return derivatives.profiled(layout, method, theta, gram, rhs)
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "method", "optimizer"))
-def optimise(
+def _optimum(
     layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array, optimizer: Any = "newton"
-) -> tuple[Optimum, Estimates]:
-    """Fit: minimise the profiled criterion and evaluate the estimates at the optimum."""
+) -> Optimum:
+    """Minimise the profiled criterion."""
 
     def f(theta: jax.Array) -> jax.Array:
         return criterion(layout, method, theta, gram, rhs)
@@ -48,15 +51,29 @@ def optimise(
         return derivatives.for_optimiser(layout, method, theta, gram, rhs)
 
     if layout.n_theta == 0:
-        best = optimize.linear(f, theta0)
-    elif optimizer == "newton":
-        best = optimize.newton(vgh, theta0)
-    else:
-        transform = optimize.named_transform(optimizer) if isinstance(optimizer, str) else optimizer
-        best = optimize.descend(f, vgh, theta0, transform)
+        return optimize.linear(f, theta0)
+    if optimizer == "newton":
+        return optimize.newton(vgh, theta0)
+    transform = optimize.named_transform(optimizer) if isinstance(optimizer, str) else optimizer
+    return optimize.descend(f, vgh, theta0, transform)
+
+
+def _estimates(
+    layout: Layout, method: str, gram: Gram, rhs: Rhs, best: Optimum
+) -> tuple[Optimum, Estimates]:
+    """Evaluate the estimates, and the criterion once more, at an optimum."""
     red = lk.reduce(layout, best.theta, gram, rhs)
     est = Estimates(lk.fixef(red), lk.unscaled_vcov(red), lk.profiled_sigma2(red, method), red.r2)
     return best._replace(value=lk.deviance(red, method)), est
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "method", "optimizer"))
+def optimise(
+    layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: jax.Array, optimizer: Any = "newton"
+) -> tuple[Optimum, Estimates]:
+    """Fit: minimise the profiled criterion and evaluate the estimates at the optimum."""
+    best = _optimum(layout, method, gram, rhs, theta0, optimizer)
+    return _estimates(layout, method, gram, rhs, best)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "method", "optimizer"))
@@ -65,6 +82,54 @@ def solve(
 ) -> jax.Array:
     """:func:`optimise` as one vector for :class:`lmmjax.solution.Solution`."""
     return pack(layout, *optimise(layout, method, gram, rhs, theta0, optimizer=optimizer))
+
+
+# -- large models: the steps of `solve` as programs of their own ---------------------------------
+
+begin = jax.jit(optimize.begin)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def slopes(
+    layout: Layout, method: str, gram: Gram, rhs: Rhs, s: optimize.State
+) -> derivatives.Derivatives:
+    """Value, gradient and curvature where Newton's method goes next."""
+    return derivatives.for_optimiser(layout, method, s.at, gram, rhs)
+
+
+@jax.jit
+def advance(s: optimize.State, *found: jax.Array) -> tuple[optimize.State, jax.Array]:
+    """The state after :func:`slopes`, and whether to go on."""
+    s = optimize.advance(s, *found)
+    return s, s.going()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def finish(layout: Layout, method: str, gram: Gram, rhs: Rhs, s: optimize.State) -> jax.Array:
+    """The vector of :func:`solve` where Newton's method has stopped."""
+    return pack(layout, *_estimates(layout, method, gram, rhs, optimize.stop(s)))
+
+
+def solve_large(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: Any) -> jax.Array:
+    """:func:`solve` by Newton's method in small programs, which are compiled one after the other.
+
+    The compiler's memory grows with the length of a program and is returned after each. The calls,
+    some 0.1 ms an evaluation, cost nothing beside arrays of this size.
+    """
+    key, s, going = (layout, method, gram.core.dtype), begin(theta0), True
+    while going:
+        found = compiled_first(slopes, key, layout, method, gram, rhs, s)
+        s, going = compiled_first(advance, key, s, *found)
+    return compiled_first(finish, key, layout, method, gram, rhs, s)
+
+
+def solve_any(
+    layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: Any, optimizer: Any = "newton"
+) -> Any:
+    """:func:`solve`, or for many random effects :func:`solve_large`, if it has that optimiser."""
+    if layout.q >= LARGE and layout.n_theta > 0 and optimizer == "newton":
+        return solve_large(layout, method, gram, rhs, theta0)
+    return solve(layout, method, gram, rhs, theta0, optimizer=optimizer)
 
 
 @functools.partial(jax.jit, static_argnames="layout")

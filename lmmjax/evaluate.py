@@ -18,6 +18,7 @@ import pandas as pd
 
 from lmmjax.errors import DataError, FormulaError
 from lmmjax.expr import Call, Name, Node, Number, Text, deparse
+from lmmjax.texts import Texts, given, make_late
 from lmmjax.transforms import STATEFUL, SUMMARIES
 from lmmjax.values import Values
 
@@ -35,12 +36,15 @@ class Factor:
     def take(self, keep: np.ndarray | None) -> Factor:
         """Keep some rows (all if None), then drop unused levels."""
         codes = self.codes if keep is None else self.codes[keep]
-        used = np.bincount(codes[codes >= 0], minlength=len(self.levels)) > 0
+        levels = given(self, "levels")
+        used = np.zeros(len(levels) + 1, bool)
+        used[codes] = True  # -1 is the one behind
+        used = used[:-1]
         if used.all():
-            return Factor(codes, self.levels, self.ordered)
+            return Factor(codes, levels, self.ordered)
         place = np.where(used, np.cumsum(used) - 1, -1).astype(np.int32)
         codes = np.append(place, np.int32(-1))[codes]
-        return Factor(codes, self.levels[used], self.ordered)
+        return Factor(codes, levels[used], self.ordered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +60,8 @@ class Matrix:
 
     values: np.ndarray
 
+
+make_late(Factor, "levels")
 
 Value = Any  # float | bool | str | list | ndarray | Factor | Logical | Matrix
 
@@ -104,12 +110,12 @@ def _factor_from_integers(values: np.ndarray) -> Factor:
     low, high = int(values.min()), int(values.max())
     if high - low > 4 * values.size + 1000:
         codes, uniques = pd.factorize(values, sort=True)
-        return Factor(codes.astype(np.int32), uniques.astype(str).astype(object))
+        return Factor(codes.astype(np.int32), Texts(uniques))  # type: ignore[arg-type]
     shifted = values - np.array(low, values.dtype)
     used = np.zeros(high - low + 1, bool)
     used[shifted] = True
     codes = (np.cumsum(used, dtype=np.int32) - np.int32(1))[shifted]
-    return Factor(codes, (np.flatnonzero(used) + low).astype(str).astype(object))
+    return Factor(codes, Texts(np.flatnonzero(used) + low))  # type: ignore[arg-type]
 
 
 def to_factor(value: Value) -> Factor:

@@ -130,7 +130,7 @@ def _solve(model: Model, method: str, free0: Any, key: Any, mesh: Any) -> Soluti
         values = program.solve(layout, method, model._source(), free0, optimizer=key)
     else:
         layout, the_gram, rhs = model._fitted_arrays[method]
-        values = estimate.solve(layout, method, the_gram, rhs, free0, optimizer=key)
+        values = estimate.solve_any(layout, method, the_gram, rhs, free0, optimizer=key)
     return Solution.of(values, len(free0), model.design.p, layout.p)
 
 

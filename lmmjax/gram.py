@@ -26,6 +26,7 @@ import numpy as np
 from lmmjax import cross
 from lmmjax.covariance import Covariance, covariance
 from lmmjax.errors import DesignError
+from lmmjax.texts import given
 
 # -------------------------------------------------------------------------------------------------
 # 1. Units
@@ -209,7 +210,7 @@ class Layout:
 
     ``chain`` are the factors eliminated level by level, the first nested in the second and so on;
     ``core`` are the others, dense. ``structures`` follows the formula; θ is the concatenation of
-    the structures' parameters.
+    the structures' parameters. ``blocks`` changes the order of sums over levels and nothing else.
     """
 
     structures: tuple[Covariance, ...]
@@ -217,6 +218,7 @@ class Layout:
     core: tuple[tuple[tuple[int, ...], int, int], ...]
     p: int
     sparse: bool = False  # products of the chain's one factor with the core are kept by entry
+    blocks: int = 1  # equal pieces in which the levels of a factor by itself are gone through
 
     @property
     def n_theta(self) -> int:
@@ -269,6 +271,16 @@ def _parents(child: np.ndarray, J: int, parent: np.ndarray) -> np.ndarray | None
     return lies_in if np.array_equal(lies_in[child], parent) else None
 
 
+def parents(design: Any, the_plan: Plan) -> tuple[tuple[np.ndarray | None, ...], ...]:
+    """``Gram.parent`` of the rows of a design."""
+    chain = the_plan.factors[: the_plan.n_chain]
+    codes = [design.terms[f.terms[0]].codes for f in chain]
+    return tuple(
+        tuple(_parents(codes[i], f.J, outer) for outer in codes[i + 1 :])
+        for i, f in enumerate(chain)
+    )
+
+
 def _subjects(design: Any) -> list[tuple[np.ndarray, int]]:
     """Codes and number of the subjects whose residuals are correlated, if there are any."""
     residual = getattr(design, "residual", None)
@@ -296,7 +308,7 @@ def plan(design: Any, dense: int = DENSE) -> Plan:
     subject is nested may join the chain.
     """
     codes = {t.group: t.codes for t in design.terms}
-    sizes = {t.group: len(t.levels) for t in design.terms}
+    sizes = {t.group: len(given(t, "levels")) for t in design.terms}
 
     subjects = _subjects(design)
 
@@ -331,7 +343,8 @@ def arrange(
     factors = []
     for group, members in groups.items():
         S = sum(len(terms[k].names) for k in members)
-        factors.append(Factor(group, tuple(members), S, len(terms[members[0]].levels)))
+        J = len(given(terms[members[0]], "levels"))
+        factors.append(Factor(group, tuple(members), S, J))
     factors.sort(key=lambda f: -f.S * f.J)
     chain: list[Factor] = []
     core: list[Factor] = []

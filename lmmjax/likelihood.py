@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +107,11 @@ def factor_lambda(terms: tuple[int, ...], lams: list[jax.Array]) -> jax.Array:
     return jax.scipy.linalg.block_diag(*[lams[k] for k in terms])
 
 
+def by_factor(layout: Layout, lams: list[jax.Array]) -> list[jax.Array]:
+    """Λ per factor, chain then core, from Λ per term."""
+    return [factor_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core)]
+
+
 def scale_core(layout: Layout, lams: Sequence[jax.Array], a: jax.Array) -> jax.Array:
     """Multiply the first d entries of the last axis by blockdiag(I_J ⊗ Λ); the rest stays.
 
@@ -120,9 +125,16 @@ def scale_core(layout: Layout, lams: Sequence[jax.Array], a: jax.Array) -> jax.A
     return jnp.concatenate([*parts, a[..., at:]], axis=-1)
 
 
+#: columns of a factor up to which products with its Λ are unrolled
+SMALL_LAMBDA = 4
+
+
 def scale_rows(lam: jax.Array, a: jax.Array) -> jax.Array:
-    """Λ' a for blocks (S, ..., J)."""
-    return jnp.tensordot(lam.T, a, 1)
+    """Λ' a for blocks (S, ..., J); fused with what reads it where Λ is small."""
+    S = lam.shape[0]
+    if S > SMALL_LAMBDA:
+        return jnp.tensordot(lam.T, a, 1)
+    return jnp.stack([sum(lam[t, s] * a[t] for t in range(S)) for s in range(S)])
 
 
 def _scale_both(left: jax.Array, a: jax.Array, right: jax.Array) -> jax.Array:
@@ -180,7 +192,7 @@ def forward_substitute(U: jax.Array, rhs: jax.Array) -> jax.Array:
     return jnp.stack(x)
 
 
-def _scaled_inverse(U: jax.Array, lam: jax.Array) -> jax.Array:
+def scaled_inverse(U: jax.Array, lam: jax.Array) -> jax.Array:
     """U'⁻¹Λ' by level: (S, S, J)."""
     return forward_substitute(U, jnp.broadcast_to(lam.T[..., None], U.shape))
 
@@ -197,6 +209,12 @@ def _backward(U: jax.Array, rhs: jax.Array) -> jax.Array:
 def _to_parent(parent: jax.Array, values: jax.Array, J: int) -> jax.Array:
     """Sum the last axis (levels) by the level of the parent factor in which each lies."""
     return jnp.zeros((*values.shape[:-1], J), values.dtype).at[..., parent].add(values)
+
+
+def matvec(N: jax.Array, x: jax.Array) -> jax.Array:
+    """N x per level: (S, R, J), (R, k, J) -> (S, k, J); unrolled over R."""
+    first, *others = (N[:, r, None] * x[r][None] for r in range(N.shape[1]))
+    return sum(others, first)
 
 
 def per_level(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -254,12 +272,22 @@ def _eliminate(
     return U, tuple(W_up), W
 
 
-def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
-    """The Cholesky factor without its last row: all that does not involve y.
+class Chain(NamedTuple):
+    """What the elimination of the chain leaves; fields as in :class:`Factorised`.
 
-    O(J (S³ + S² m + S m²)) for the chain with m = d + p, and O((d + p)³) for the core.
+    ``schur`` and ``logdet`` add over the levels of a factor by itself.
     """
-    every = [factor_lambda(terms, lams) for terms, _, _ in (*layout.chain, *layout.core)]
+
+    U: tuple[jax.Array, ...]
+    up: tuple[tuple[jax.Array, ...], ...]
+    border: tuple[jax.Array, ...]
+    root: Any
+    schur: jax.Array
+    logdet: jax.Array
+
+
+def eliminate_chain(layout: Layout, every: Sequence[jax.Array], gram: Gram) -> Chain:
+    """Eliminate the chain level by level; ``every`` are the Λ per factor, chain then core."""
     c = len(layout.chain)
     blocks = _assemble(every[:c], gram)
     logdet = jnp.asarray(gram.logdet_R, blocks.core[0].dtype)
@@ -274,16 +302,30 @@ def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
         borders.append(W)
     root = None
     if gram.cross is not None:
-        root = _scaled_inverse(Us[0], every[0])
+        root = scaled_inverse(Us[0], every[0])
         blocks.core[0] = blocks.core[0] - _sparse_products(layout, gram, root, borders[0])
-    schur = blocks.core[0]
-    scaled = scale_core(layout, every[c:], scale_core(layout, every[c:], schur).T)
+    return Chain(tuple(Us), tuple(ups), tuple(borders), root, blocks.core[0], logdet)
+
+
+def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
+    """The Cholesky factor without its last row: all that does not involve y.
+
+    O(J (S³ + S² m + S m²)) for the chain with m = d + p, and O((d + p)³) for the core.
+    """
+    every = by_factor(layout, lams)
+    return _factorise_core(layout, every, eliminate_chain(layout, every, gram))
+
+
+def _factorise_core(layout: Layout, every: list[jax.Array], chain: Chain) -> Factorised:
+    lams, schur = every[len(layout.chain) :], chain.schur
+    scaled = scale_core(layout, lams, scale_core(layout, lams, schur).T)
     ones = jnp.arange(len(schur)) < layout.d
     L = jnp.tril(
         jax.lax.linalg.cholesky(scaled + jnp.diag(ones.astype(schur.dtype)), symmetrize_input=False)
     )
-    logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(L)[: layout.d]))
-    return Factorised(tuple(every), tuple(Us), tuple(ups), tuple(borders), schur, L, logdet, root)
+    logdet = chain.logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(L)[: layout.d]))
+    U, up, border, root, _, _ = chain
+    return Factorised(tuple(every), U, up, border, schur, L, logdet, root)
 
 
 def _sparse_products(layout: Layout, gram: Gram, root: jax.Array, W: jax.Array) -> jax.Array:
@@ -295,8 +337,15 @@ def _sparse_products(layout: Layout, gram: Gram, root: jax.Array, W: jax.Array) 
 
 def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
     """The row of L for one right-hand side: O(J S m) after the factorisation."""
+    return _forward_core(layout, f, *_forward_chain(layout, f.lams, f, gram, rhs))
+
+
+def _forward_chain(
+    layout: Layout, every: Sequence[jax.Array], f: Factorised | Chain, gram: Gram, rhs: Rhs
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """The chain's part of the row, and what it leaves of [Z_core X]'R⁻¹y and y'R⁻¹y."""
     c = len(layout.chain)
-    z = [scale_rows(lam, a) for lam, a in zip(f.lams[:c], rhs.border, strict=True)]
+    z = [scale_rows(lam, a) for lam, a in zip(every[:c], rhs.border, strict=True)]
     core, r2 = rhs.core, rhs.yy
     rows = []
     for i in range(c):
@@ -307,9 +356,15 @@ def forward(layout: Layout, f: Factorised, gram: Gram, rhs: Rhs) -> Row:
             k = i + 1 + a
             z[k] = z[k] - _to_parent(parent, per_level(W, row[:, None])[:, 0], layout.chain[k][2])
         rows.append(row)
-    scaled = scale_core(layout, f.lams[c:], core)
+    return tuple(rows), core, r2
+
+
+def _forward_core(
+    layout: Layout, f: Factorised, rows: tuple[jax.Array, ...], core: jax.Array, r2: jax.Array
+) -> Row:
+    scaled = scale_core(layout, f.lams[len(layout.chain) :], core)
     l_y = jax.scipy.linalg.solve_triangular(f.core, scaled, lower=True)
-    return Row(tuple(rows), core, l_y, r2 - l_y @ l_y)
+    return Row(rows, core, l_y, r2 - l_y @ l_y)
 
 
 class Rows(NamedTuple):
@@ -343,7 +398,7 @@ def forward_rows(
 
 
 def _border_products(
-    layout: Layout, f: Factorised, gram: Gram, i: int, rows: jax.Array
+    layout: Layout, f: Factorised | Chain, gram: Gram, i: int, rows: jax.Array
 ) -> jax.Array:
     """Border'rows of chain factor i, summed over levels: (S, k, J) -> (d + p, k)."""
     dense = over_levels(f.border[i], rows)
@@ -392,10 +447,75 @@ def reduce(
 
 def reduce_factors(layout: Layout, lams: list[jax.Array], gram: Gram, rhs: Rhs) -> Reduction:
     """:func:`reduce` from the factors Λ themselves, one (S, S) matrix a term."""
-    f = factorise(layout, lams, gram)
-    row = forward(layout, f, gram, rhs)
+    every = by_factor(layout, lams)
+    chain = eliminate_chain(layout, every, gram)
+    rows, core, r2 = _forward_chain(layout, every, chain, gram, rhs)
+    if is_plain(layout):  # arrays by level then cost nothing unless they are read
+        schur, logdet, core, r2 = _chain_sums(layout, every[0], gram, rhs)
+        chain = chain._replace(schur=schur, logdet=logdet)
+    f = _factorise_core(layout, every, chain)
+    row = _forward_core(layout, f, rows, core, r2)
     d, n = layout.d, jnp.asarray(gram.n, f.core.dtype)
     return Reduction(n, f.logdet, f.core[d:, d:], row.core[d:], row.r2, f, row)
+
+
+# -------------------------------------------------------------------------------------------------
+# Blocks of levels
+# -------------------------------------------------------------------------------------------------
+
+
+def is_plain(layout: Layout) -> bool:
+    """Whether one factor by itself is eliminated."""
+    return len(layout.chain) == 1 and layout.d == 0
+
+
+def over_blocks(
+    layout: Layout, part: Callable[[jax.Array, jax.Array, Any], Any], gram: Gram, rhs: Rhs
+) -> Any:
+    """Σ of ``part(A, [B y], times)`` over equal blocks of the levels of a factor by itself.
+
+    Arrays with a number for every level need more than the cache where levels are many, and fresh
+    memory from the system for every evaluation; those of a block need neither.
+    """
+    if layout.blocks == 1:
+        B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
+        return part(gram.own[0], B, gram.times)
+    size = layout.chain[0][2] // layout.blocks
+
+    def one(i: Any) -> Any:
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size, axis=-1)  # noqa: E731
+        B = jnp.concatenate([cut(gram.border[0]), cut(rhs.border[0])[:, None]], axis=1)
+        levels = cut(gram.own[0]), B, tuple(cut(a) for a in gram.times)
+        # copied at once: fused into what reads them, slices and join make it half as fast
+        return part(*jax.lax.optimization_barrier(levels))
+
+    start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, 0))
+    add = lambda i, total: jax.tree.map(jnp.add, total, one(i))  # noqa: E731
+    return jax.lax.fori_loop(0, layout.blocks, add, start)
+
+
+def plain_root(lam: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """U with U'U = Λ'AΛ + I, and U⁻'Λ', by level: (S, S, J) each."""
+    eye = jnp.eye(len(lam), dtype=lam.dtype)[..., None]
+    scaled = _scale_both(lam, own, lam) + eye
+    return _sweep(scaled, jnp.broadcast_to(lam.T[..., None], scaled.shape))
+
+
+def _chain_sums(
+    layout: Layout, lam: jax.Array, gram: Gram, rhs: Rhs
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What a factor by itself leaves of [X y]'R⁻¹[X y] (xx, xy and yy), and log|V|, by blocks."""
+
+    def part(A: jax.Array, B: jax.Array, times: Any) -> tuple[jax.Array, jax.Array]:
+        U, root = jax.lax.optimization_barrier(plain_root(lam, A))
+        logs = sum(jnp.log(U[s, s]) for s in range(len(lam)))
+        W = jax.lax.optimization_barrier(matvec(root, B))
+        return over_levels(W, W), jnp.sum(logs * times[0] if times else logs)
+
+    products, logs = over_blocks(layout, part, gram, rhs)
+    p = layout.p
+    schur, core = gram.core - products[:p, :p], rhs.core - products[:p, p]
+    return schur, gram.logdet_R + 2 * logs, core, rhs.yy - products[p, p]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -571,7 +691,7 @@ def ranef_cov(layout: Layout, theta: jax.Array, gram: Gram) -> tuple[jax.Array, 
         return _sparse_ranef_cov(layout, theta, gram)
     if layout.d == 0 and len(layout.chain) == 1:
         f = factorise(layout, factors(layout, theta), gram)
-        root = _scaled_inverse(f.U[0], f.lams[0])
+        root = scaled_inverse(f.U[0], f.lams[0])
         return (per_level(root, root),)
 
     def logdet(own: tuple[jax.Array, ...], core: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax import buckets, derivatives, gram, start
+from lmmjax import blocks, buckets, derivatives, gram, start
 from lmmjax import likelihood as lk
 from lmmjax.collapse import collapse
 from lmmjax.design import Design, build_design
@@ -17,6 +17,7 @@ from lmmjax.errors import DataError, DesignError, LmmError
 from lmmjax.gram import Gram, Layout, Rhs
 from lmmjax.precision import require_float64
 from lmmjax.residual.language import ResidualSpec, parse_residual
+from lmmjax.texts import given
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -215,7 +216,7 @@ class Model:
     @property
     def groups(self) -> dict[str, int]:
         """Grouping factors and their numbers of levels, in formula order."""
-        return {t.group: len(t.levels) for t in self.design.terms}
+        return {t.group: len(given(t, "levels")) for t in self.design.terms}
 
     @property
     def engine(self) -> str:
@@ -265,10 +266,15 @@ class Model:
     @cached_property
     def _prepared(self) -> tuple[gram.Plan, gram.Units, tuple[Gram, Rhs] | Source]:
         the_plan = gram.plan(self.design)
+        structured = self.design.residual is not None
+        found = None if structured else blocks.products(self.design, the_plan)
+        if found is not None:
+            return the_plan, found[0], found[1:]
         standardised = gram.standardise(self.design)
-        if self.design.residual is None:
-            products = gram.crossproducts(self.design, the_plan, standardised)
-            return the_plan, standardised.units, products
+        if not structured:
+            sums = gram.crossproducts(self.design, the_plan, standardised)
+            self.design.release()
+            return the_plan, standardised.units, sums
         from lmmjax.residual.setup import make_source
 
         source = make_source(self.design, the_plan, standardised)
@@ -313,8 +319,10 @@ class Model:
             if small is not None:
                 layout, the_gram, rhs = small.layout, small.gram, small.rhs(rhs)
         to, the_gram, rhs = buckets.pad(layout, *self._cast((the_gram, rhs)))
-        arrays = self._on_device if to == self._plan.layout else (the_gram, rhs)
-        return (to, *jax.tree.map(jnp.asarray, arrays))
+        if to == self._plan.layout:
+            return (to, *self._on_device)
+        # nobody else has these arrays, so JAX may use their memory
+        return (to, *jax.tree.map(jax.device_put, (the_gram, rhs)))
 
     @cached_property
     def _fitted_arrays(self) -> dict[str, tuple[Layout, Gram, Rhs]]:

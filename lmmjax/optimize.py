@@ -123,7 +123,9 @@ def _step(g: jax.Array, H: jax.Array, radius: jax.Array) -> _Step:
     return _Step(Q @ p, predicted, _promised(along, size), e[0])
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
+    """Where Newton's method stands, and the step that it takes next."""
+
     theta: jax.Array
     value: jax.Array
     gradient: jax.Array
@@ -133,6 +135,15 @@ class _State(NamedTuple):
     n: jax.Array
     close: jax.Array  # the next step is the last
     lost: jax.Array
+
+    @property
+    def at(self) -> jax.Array:
+        """Where the next evaluation is."""
+        return self.theta + self.next.step
+
+    def going(self, max_iter: int = 200) -> jax.Array:
+        """Whether to evaluate at ``at``."""
+        return ~self.close & ~self.lost & (self.n < max_iter)
 
 
 def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> Optimum:
@@ -154,34 +165,19 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
     -------
     Optimum
     """
-    dtype = theta0.dtype
-    eps = jnp.finfo(dtype).eps
-    k = theta0.shape[0]
+    end = jax.lax.while_loop(
+        lambda s: s.going(max_iter),
+        lambda s: advance(s, *derivatives(s.at)),
+        begin(theta0),
+    )
+    return stop(end)
+
+
+def begin(theta0: jax.Array) -> State:
+    """The state before the first evaluation."""
+    dtype, k = theta0.dtype, theta0.shape[0]
     inf = jnp.asarray(jnp.inf, dtype)
-
-    def body(s: _State) -> _State:
-        at = s.theta + s.next.step
-        value, gradient, hessian = derivatives(at)
-        finite = (
-            jnp.isfinite(value) & jnp.all(jnp.isfinite(hessian)) & jnp.all(jnp.isfinite(gradient))
-        )
-        slack = 8 * eps * (1.0 + jnp.abs(value))
-        first = s.n == 0
-        ok = finite & (first | (value <= s.value + slack))
-        ratio = (s.value - value + slack) / jnp.maximum(s.next.predicted, slack)
-        length = jnp.linalg.norm(s.next.step)
-        grown = jnp.where((ratio > 0.75) & (length > 0.8 * s.radius), 2.5 * s.radius, s.radius)
-        grown = jnp.where(ratio < 0.25, 0.5 * s.radius, grown)
-        radius = jnp.where(first, s.radius, jnp.where(ok, grown, 0.25 * length))
-        keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
-        theta, value = keep(at, s.theta), keep(value, s.value)
-        gradient, hessian = keep(gradient, s.gradient), keep(hessian, s.hessian)
-        step = _step(gradient, hessian, radius)
-        close = step.predicted <= 100 * eps * (1.0 + jnp.abs(value))
-        lost = (~ok & first) | (~close & (radius < 1e-3 * eps))
-        return _State(theta, value, gradient, hessian, step, radius, s.n + 1, close, lost)
-
-    start = _State(
+    return State(
         theta0,
         inf,
         jnp.zeros(k, dtype),
@@ -192,11 +188,34 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
         jnp.asarray(False),
         jnp.asarray(False),
     )
-    going = lambda s: ~s.close & ~s.lost & (s.n < max_iter)  # noqa: E731
-    end = jax.lax.while_loop(going, body, start)
+
+
+def advance(s: State, value: jax.Array, gradient: jax.Array, hessian: jax.Array) -> State:
+    """The state after an evaluation at ``s.at``."""
+    at, eps = s.at, jnp.finfo(value.dtype).eps
+    finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(hessian)) & jnp.all(jnp.isfinite(gradient))
+    slack = 8 * eps * (1.0 + jnp.abs(value))
+    first = s.n == 0
+    ok = finite & (first | (value <= s.value + slack))
+    ratio = (s.value - value + slack) / jnp.maximum(s.next.predicted, slack)
+    length = jnp.linalg.norm(s.next.step)
+    grown = jnp.where((ratio > 0.75) & (length > 0.8 * s.radius), 2.5 * s.radius, s.radius)
+    grown = jnp.where(ratio < 0.25, 0.5 * s.radius, grown)
+    radius = jnp.where(first, s.radius, jnp.where(ok, grown, 0.25 * length))
+    keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
+    theta, value = keep(at, s.theta), keep(value, s.value)
+    gradient, hessian = keep(gradient, s.gradient), keep(hessian, s.hessian)
+    step = _step(gradient, hessian, radius)
+    close = step.predicted <= 100 * eps * (1.0 + jnp.abs(value))
+    lost = (~ok & first) | (~close & (radius < 1e-3 * eps))
+    return State(theta, value, gradient, hessian, step, radius, s.n + 1, close, lost)
+
+
+def stop(end: State) -> Optimum:
+    """What was found when Newton's method does not go on."""
     status = jnp.where(end.close, CONVERGED, jnp.where(end.lost, FLAT_STOP, MAX_ITERATIONS))
     status = jnp.where(jnp.isinf(end.value), NOT_FINITE, status)
-    theta = jnp.where(end.close, end.theta + end.next.step, end.theta)
+    theta = jnp.where(end.close, end.at, end.theta)
     verdict = (end.n, status, end.next.promised, end.next.lowest)
     return Optimum(theta, end.value, end.gradient, end.hessian, *verdict)
 

@@ -7,9 +7,19 @@ after centring and scaling, so a year or ``x + 1e8`` beside an intercept is kept
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import numpy as np
 
-__all__ = ["ColumnJudge", "clearly_independent", "independent_columns", "proves_rank", "triangle"]
+__all__ = [
+    "ColumnJudge",
+    "Moments",
+    "clearly_independent",
+    "independent_columns",
+    "proves_rank",
+    "triangle",
+]
 
 TOLERANCE = 1e-7
 _CLEAR = 1e-8  # squared length below which cross-products can no longer tell
@@ -19,6 +29,64 @@ _ROWS = 65_536
 def _chunks(X: np.ndarray):
     for start in range(0, X.shape[0], _ROWS):
         yield X[start : start + _ROWS]
+
+
+@dataclass
+class Moments:
+    """Sums over rows of columns less ``shift``, and of their products."""
+
+    n: int
+    shift: np.ndarray  # (k,)
+    total: np.ndarray  # (k,)
+    gram: np.ndarray  # (k, k)
+
+    @classmethod
+    def of(cls, blocks: Iterable[np.ndarray], shifted: bool) -> Moments:
+        """Sum over (m, k) blocks of rows; the shift is the first row, or nothing. O(n k^2)."""
+        out = cls(0, np.zeros(0), np.zeros(0), np.zeros((0, 0)))
+        for block in blocks:
+            if out.n == 0:
+                k = block.shape[1]
+                shift = block[0].copy() if shifted and len(block) else np.zeros(k)
+                out = cls(0, shift, np.zeros(k), np.zeros((k, k)))
+            moved = block - out.shift
+            with np.errstate(over="ignore", invalid="ignore"):  # then they prove nothing
+                out.gram += moved.T @ moved
+            out.total += moved.sum(axis=0)
+            out.n += len(block)
+        return out
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Means of the columns, (k,)."""
+        return self.shift + self.total / self.n
+
+    def centred(self) -> np.ndarray:
+        """Products of the columns less their means, (k, k)."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.gram - np.outer(self.total, self.total) / self.n
+
+    def precise(self) -> bool:
+        """Whether the shifts are so near the means that centring costs few digits."""
+        return bool(np.all(np.diag(self.centred()) > self._least()))
+
+    def _least(self) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return 1e-6 * self.total**2 / self.n
+
+    def independent(self, p: int, intercept: bool) -> bool:
+        """Whether the products alone prove that the first p columns are independent.
+
+        With an intercept: of each other and the constant; the moments are shifted then.
+        """
+        if p == 0:
+            return True
+        if self.n <= p:
+            return False
+        if not intercept:
+            return proves_rank(self.gram[:p, :p])
+        # A mean far from the first row costs digits; then the careful way decides.
+        return proves_rank(self.centred()[:p, :p], self._least()[:p])
 
 
 def clearly_independent(X: np.ndarray, intercept: bool) -> bool:
@@ -34,21 +102,7 @@ def clearly_independent(X: np.ndarray, intercept: bool) -> bool:
     One pass, O(n p^2). False means "look closer", not "dependent".
     """
     Y = X[:, 1:] if intercept else X
-    n, p = Y.shape
-    if p == 0:
-        return True
-    if n <= p:
-        return False
-    shift = Y[0] if intercept else np.zeros(p)
-    gram, total = np.zeros((p, p)), np.zeros(p)
-    for chunk in _chunks(Y):
-        moved = chunk - shift
-        gram += moved.T @ moved
-        total += moved.sum(axis=0)
-    if intercept:
-        gram -= np.outer(total, total) / n
-    # A mean far from the first row costs digits; then the careful way decides.
-    return proves_rank(gram, 1e-6 * total**2 / n)
+    return Moments.of(_chunks(Y), intercept).independent(Y.shape[1], intercept)
 
 
 def proves_rank(gram: np.ndarray, least: np.ndarray | float = 0.0) -> bool:

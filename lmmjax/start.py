@@ -200,8 +200,9 @@ def _system(
     """Expectations of the quadratic forms per unit of each parameter, σ² last: (K + 1, K + 1)."""
     K = len(forms)
     system = np.empty((K + 1, K + 1))
+    F = [W @ np.einsum("apj,bqj->abpq", x.u, x.u, optimize=True) for x in factors]
     traces = {
-        (f, g): _traces(layout, gram, factors[f], factors[g], W)
+        (f, g): _traces(layout, gram, (factors[f], F[f]), (factors[g], F[g]), W)
         for f, g in itertools.combinations_with_replacement(range(len(factors)), 2)
     }
     for i, a in enumerate(forms):
@@ -211,18 +212,25 @@ def _system(
                 table[s, t, u, v] for s, t in a.orders for u, v in b.orders
             )
         factor = factors[a.factor]
-        overlap = np.sum((W @ factor.u[a.s]) * factor.u[a.t])
+        overlap = np.trace(F[a.factor][a.s, a.t])
         system[i, K] = system[K, i] = len(a.orders) * (factor.trace[a.s, a.t] - overlap)
     system[K, K] = float(gram.n) - layout.p
     return system
 
 
-def _traces(layout: Layout, gram: Gram, f: _Factor, g: _Factor, W: np.ndarray) -> np.ndarray:
+def _traces(
+    layout: Layout,
+    gram: Gram,
+    first: tuple[_Factor, np.ndarray],
+    second: tuple[_Factor, np.ndarray],
+    W: np.ndarray,
+) -> np.ndarray:
     """tr(P Z_aZ_b' P Z_cZ_d') = <Z_b'PZ_c, Z_a'PZ_d>, a and b of f, c and d of g: (S, S, R, R).
 
     With B_bc = Z_b'Z_c and H_ad = u_a'Wu_d it is <B_bc, B_ad> - <B_bc, H_ad> - <B_ad, H_bc> +
-    <H_bc, H_ad>.
+    <H_bc, H_ad>. With each factor comes W Σ_j u_a u_b', (S, S, p, p).
     """
+    (f, F), (g, G) = first, second
     if f.at >= 0:
         shape = (f.J, f.S, g.J, g.S)
         BB, BH = _dense(np.moveaxis(gram.core[f.columns, g.columns].reshape(shape), 1, 0), f, g, W)
@@ -233,10 +241,12 @@ def _traces(layout: Layout, gram: Gram, f: _Factor, g: _Factor, W: np.ndarray) -
         BB, BH = _dense(np.moveaxis(border, 3, 1), f, g, W)
     else:
         BB, BH = _entries(*_cross_entries(gram.cross, g), f, g, W)
-    F, G = (W @ np.einsum("apj,bqj->abpq", x.u, x.u, optimize=True) for x in (f, g))
     HH = np.einsum("bapq,dcqp->bcad", F, G, optimize=True)
     return np.einsum("bcad->abcd", BB - BH - np.einsum("adbc->bcad", BH) + HH)
 
+
+#: entries gone through at a time, so that what is made of them stays in the cache
+ENTRIES = 1 << 13
 
 #: blocks by their non-zero entries: value (S, R, m), and the levels of f and g that meet (m,)
 _Entries = tuple[np.ndarray, np.ndarray | slice, np.ndarray | slice]
@@ -263,9 +273,16 @@ def _entries(
 ) -> tuple[np.ndarray, np.ndarray]:
     """<B_bc, B_ad> and <B_bc, H_ad> from the entries of B: (S, R, S, R) each."""
     shape, B = (f.S, g.S, f.S, g.S), value.reshape(f.S * g.S, -1)
-    left, right = f.u[..., level], (W @ g.u)[..., other]
-    H = np.stack([np.sum(x * y, axis=0) for x in left for y in right])
-    return (B @ B.T).reshape(shape), (B @ H.T).reshape(shape)
+    BH = np.zeros((f.S * g.S, f.S * g.S))
+    for at in range(0, B.shape[1], ENTRIES):
+        some = slice(at, at + ENTRIES)
+        left, right = (
+            x[..., some if isinstance(where, slice) else where[some]]
+            for x, where in ((f.u, level), (g.u, other))
+        )
+        H = np.stack([np.sum(x * y, axis=0) for x in left for y in W @ right])
+        BH += B[:, some] @ H.T
+    return (B @ B.T).reshape(shape), BH.reshape(shape)
 
 
 def _dense(B: np.ndarray, f: _Factor, g: _Factor, W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,12 +20,12 @@ import pyarrow as pa
 from lmmjax import design as ds
 from lmmjax.errors import DataError, DesignError
 from lmmjax.expr import Name, Node, deparse
-from lmmjax.formula import ParsedFormula, Terms, expand, parse
+from lmmjax.formula import ParsedFormula, expand, parse
 from lmmjax.gram import Gram, Plan, Rhs, Units, arrange
 from lmmjax.rank import ColumnJudge, proves_rank
 from lmmjax.scout import Learned, Scouted, scout
 from lmmjax.source import ROWS, Source, open_source
-from lmmjax.terms import Coding, centrable, encode, spanning_term
+from lmmjax.terms import Coding, centrable, constant_columns, encode
 from lmmjax.totals import (
     Columns,
     Rough,
@@ -437,7 +437,7 @@ def make_encoder(found: Scouted, contrasts: Mapping[str, str], constant: bool) -
     )
     rough = rough_units(
         sample,
-        _constant(parsed.terms, fixed, labels.assign) * constant,
+        constant_columns(parsed.terms, fixed, labels.assign) * constant,
         [0 if r.terms.intercept else None for r in random],
         [r.bar.cov for r in random],
     )
@@ -467,14 +467,6 @@ def _stack(parts: list[Columns]) -> Columns:
         tuple(join(z) for z in zip(*(p.Z for p in parts), strict=True)),
         tuple(join(c) for c in zip(*(p.codes for p in parts), strict=True)),
     )
-
-
-def _constant(terms: Terms, fixed: Mapping[str, Coding], assign: Array) -> Array:
-    """Coefficients a with X a = 1: the intercept, or the dummies of a term."""
-    if terms.intercept:
-        return (assign == 0).astype(float)
-    position = spanning_term(terms, fixed)
-    return (assign == (-1 if position is None else position + 1)).astype(float)
 
 
 def _keep(encoder: Encoder, sums: Sums, table: Source, rows: int) -> Array:

@@ -23,7 +23,16 @@ import numpy as np
 from lmmjax.errors import DesignError
 from lmmjax.formula import Terms
 
-__all__ = ["CONTRASTS", "Coding", "Encoded", "centrable", "encode", "patterns", "spanning_term"]
+__all__ = [
+    "CONTRASTS",
+    "Coding",
+    "Encoded",
+    "centrable",
+    "constant_columns",
+    "encode",
+    "patterns",
+    "spanning_term",
+]
 
 
 def _treatment(levels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -221,3 +230,14 @@ def spanning_term(terms: Terms, codings: Mapping[str, Coding]) -> int | None:
         if factors and all(row):
             return position
     return None
+
+
+def constant_columns(terms: Terms, codings: Mapping[str, Coding], assign: np.ndarray) -> np.ndarray:
+    """Coefficients a with X a = 1, (p,): the intercept, or the dummies of a term; else zeros.
+
+    ``assign`` is that of `Encoded`.
+    """
+    if terms.intercept:
+        return (assign == 0).astype(float)
+    position = spanning_term(terms, codings)
+    return (assign == (-1 if position is None else position + 1)).astype(float)

@@ -22,7 +22,17 @@ from lmmjax.errors import DesignError
 from lmmjax.gram import Gram, Plan, Rhs, Standardised, Units, shift_matrix
 from lmmjax.rank import independent_columns
 
-__all__ = ["Columns", "Rough", "Totals", "aliases", "exact", "rough_units", "sum_batch"]
+__all__ = [
+    "Columns",
+    "Rough",
+    "Totals",
+    "aliases",
+    "empty_totals",
+    "exact",
+    "rough_units",
+    "sum_batch",
+    "sum_standardised",
+]
 
 Array = np.ndarray
 
@@ -202,9 +212,23 @@ def _window(codes: Array, J: int) -> tuple[Any, Array, int]:
 
 
 def sum_batch(rows: Columns, plan: Plan, rough: Rough) -> Part:
-    """Sum the products of a batch: `gram.crossproducts` on the levels that it has."""
+    """Sum the products of a batch, and what its exact units are found from."""
     standard = rough.apply(rows)
-    codes = list(rows.codes)
+    part = sum_standardised(standard, rows.codes, rows.weights, plan)
+    part.flat["x"] = standard.X.sum(axis=0)
+    part.flat["xx"] = np.einsum("ij,ij->j", standard.X, standard.X)
+    part.flat["y2"] = np.asarray(np.sum((rows.y - rough.shift) ** 2))
+    for k, z in enumerate(standard.Z):
+        part.flat[f"z{k}"] = z.sum(axis=0)
+        part.flat[f"zz{k}"] = np.einsum("ij,ij->j", z, z)
+    return part
+
+
+def sum_standardised(
+    standard: Standardised, codes: Sequence[Array], weights: Array | None, plan: Plan
+) -> Part:
+    """Sum the products of some rows: `gram.crossproducts` on the levels that they have."""
+    codes = list(codes)
     windows, factors = [], list(plan.factors)
     for i, factor in enumerate(plan.factors[: plan.n_chain]):
         window, inside, J = _window(codes[factor.terms[0]], factor.J)
@@ -216,8 +240,8 @@ def sum_batch(rows: Columns, plan: Plan, rough: Rough) -> Part:
     local = Plan(replace(plan.layout, chain=chain), tuple(factors))
     design = SimpleNamespace(
         terms=[SimpleNamespace(codes=c) for c in codes],
-        weights=rows.weights,
-        has_weights=rows.weights is not None,
+        weights=weights,
+        has_weights=weights is not None,
     )
     skip = tuple(tuple(None for _ in chain[i + 1 :]) for i in range(len(chain)))
     sums, rhs = gram.crossproducts(design, local, standard, parents=skip)
@@ -228,12 +252,7 @@ def sum_batch(rows: Columns, plan: Plan, rough: Rough) -> Part:
         "yy": rhs.yy,
         "n": sums.n,
         "logdet_R": sums.logdet_R,
-        "x": standard.X.sum(axis=0),
-        "xx": np.einsum("ij,ij->j", standard.X, standard.X),
-        "y2": np.sum((rows.y - rough.shift) ** 2),
     }
-    flat |= {f"z{k}": z.sum(axis=0) for k, z in enumerate(standard.Z)}
-    flat |= {f"zz{k}": np.einsum("ij,ij->j", z, z) for k, z in enumerate(standard.Z)}
     return Part(windows, levels, flat)
 
 

@@ -76,6 +76,17 @@ def test_levels_that_differ_are_not_collapsed() -> None:
     assert collapse.collapse(plan.layout, g) is None
 
 
+@pytest.mark.parametrize(("distinct", "differ"), [(0.001, False), (0.69, False), (0.71, True)])
+def test_a_sample_of_many_levels_decides_as_all_of_them(distinct: float, differ: bool) -> None:
+    J = 2 * collapse.MANY
+    values = np.random.default_rng(3).permutation(np.arange(J) % round(distinct * J)).astype(float)
+    own = np.stack([values, np.ones(J), np.ones(J), values]).reshape(2, 2, J)
+    assert collapse._differ(own) == differ
+    assert collapse._differ(own[..., : J // 4]) == (len(set(values[: J // 4])) > 0.7 * J // 4)
+    own[1, 1] = np.arange(J)
+    assert collapse._differ(own)
+
+
 # -- drawing without rows --------------------------------------------------------------------------
 
 

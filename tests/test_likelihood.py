@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -388,8 +389,9 @@ def test_rules_of_the_criterion_work_under_every_transformation(name: str) -> No
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS])
-def test_start_solves_the_moment_equations(name: str) -> None:
-    """MINQUE(0) against its definition by n x n matrices."""
+def test_start_solves_the_moment_equations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MINQUE(0) against its definition by n x n matrices; entries taken four at a time."""
+    monkeypatch.setattr(start, "ENTRIES", 4)
     d = design(LAYOUTS[name], 120, 2)
     d.weights, d.has_weights = np.ones(120), False
     plan, standardised = gram.plan(d, 32), gram.standardise(d)
@@ -494,6 +496,77 @@ def test_padding_changes_nothing(name: str, method: str) -> None:
     np.testing.assert_allclose(vcov[:3, :3], lk.unscaled_vcov(expected), rtol=1e-11)
 
 
+def in_blocks(name: str, blocks: int = 4) -> tuple[Any, Any, Any, jax.Array]:
+    """A factor by itself with 16 levels, one of them without rows, gone through in blocks."""
+    d = design(LAYOUTS[name], 120, 3)
+    plan, _, g, rhs = problem(d)
+    layout, g, rhs = buckets.pad(plan.layout, g, rhs)
+    if name == "slope":  # a collapsed level stands for several
+        g = g._replace(times=(np.random.default_rng(4).integers(1, 5, 16).astype(float),))
+    return dataclasses.replace(layout, blocks=blocks), g, rhs, jnp.asarray(random_theta(d))
+
+
+@pytest.mark.parametrize("name", ["slope", "two terms on one factor"])
+def test_blocks_of_levels_change_nothing(name: str) -> None:
+    blocked, g, rhs, theta = in_blocks(name)
+    method = METHODS[len(name) % 2]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def everything(layout: Any, thetas: jax.Array, own: Any) -> Any:
+        def value(own: Any) -> jax.Array:
+            return lk.deviance(lk.reduce(layout, theta, g._replace(own=own), rhs), method)
+
+        closed = jax.vmap(lambda t: derivatives.closed_form(layout, method, t, g, rhs))(thetas)
+        return closed, jax.grad(value)(own)
+
+    moved = jnp.stack([theta, 0.5 * theta]), (jnp.asarray(g.own[0]),)
+    whole = everything(dataclasses.replace(blocked, blocks=1), *moved)
+    parts = everything(blocked, *moved)
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_memory_of_a_fit_in_blocks_does_not_grow_with_the_levels() -> None:
+    """Of 2¹⁴ levels no array is made by a fit: less than their cross-products, whole twice that."""
+    layout, g, rhs, theta = in_blocks("slope")
+    J = buckets.MANY_LEVELS
+    layout = dataclasses.replace(layout, chain=((*layout.chain[0][:2], J),))
+    layout = buckets.padded_layout(layout)
+    assert layout.blocks == J // buckets.BLOCK_LEVELS
+    wide = lambda a: jnp.zeros((*np.shape(a)[:-1], J))  # noqa: E731
+    g = g._replace(own=(wide(g.own[0]),), border=(wide(g.border[0]),), times=())
+    rhs = rhs._replace(border=(wide(rhs.border[0]),))
+
+    def temporaries(blocks: int) -> float:
+        chosen = dataclasses.replace(layout, blocks=blocks)
+        memory = estimate.solve.lower(chosen, "REML", g, rhs, theta).compile().memory_analysis()
+        return memory.temp_size_in_bytes / memory.argument_size_in_bytes
+
+    assert temporaries(layout.blocks) < 1.0
+    assert temporaries(1) > 2.0
+
+
+def test_blocks_of_levels_are_chosen_by_count_and_on_processors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = problem(design(LAYOUTS["slope"], 120, 3))[0].layout
+    crossed = problem(design(LAYOUTS["crossed"], 120, 3), dense=32)[0].layout
+
+    def blocks(layout: Any, J: int) -> int:
+        return buckets.padded_layout(
+            dataclasses.replace(layout, chain=((*layout.chain[0][:2], J),))
+        ).blocks
+
+    for J in (16_384, 20_000, 100_000, 200_001, 1_000_003):
+        padded = buckets.bucket_levels(J)
+        assert padded % blocks(one, J) == 0
+        assert padded / blocks(one, J) <= buckets.BLOCK_LEVELS
+        assert padded < 1.13 * J
+    assert blocks(one, 8_000) == blocks(crossed, 100_000) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert blocks(one, 100_000) == 1
+
+
 def test_models_of_similar_size_share_the_program() -> None:
     """Other data, another number of levels, another formula: nothing is compiled again."""
     rng = np.random.default_rng(0)
@@ -515,9 +588,11 @@ def test_models_of_similar_size_share_the_program() -> None:
     assert estimate.solve._cache_size() == before
 
 
-@pytest.mark.parametrize("name", ["linear model", "nested and crossed", "sparse"])
+@pytest.mark.parametrize("name", ["linear model", "nested and crossed", "sparse", "in blocks"])
 def test_everything_lowers_for_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "sparse":
+    if name == "in blocks":
+        layout, g, rhs, _ = in_blocks("slope")
+    elif name == "sparse":
         monkeypatch.setattr(derivatives, "LARGE_CORE", 1)
         layout, g, rhs = sparse_problem("crossed")
     else:

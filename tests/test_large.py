@@ -1,0 +1,218 @@
+"""Large tables: products by blocks, rows made when read, fits in small programs."""
+
+from __future__ import annotations
+
+import pickle
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+import lmmjax as lmm
+from lmmjax import blocks, compiling, design, estimate, gram
+from lmmjax.evaluate import Factor
+from lmmjax.late import moments_of
+from lmmjax.texts import Texts, given
+
+FORMULAS = [
+    "y ~ x + v + (x | g)",
+    "y ~ x + (v | g)",
+    "y ~ x + f + (1 | g)",
+    "y ~ x + I(x^2) + (0 + x | g)",
+    "y ~ x * f + (x + v || g)",
+    "y ~ poly(x, 2) + (poly(x, 2) | g)",
+    "y ~ x + offset(o) + (x | g) + (1 | h)",
+    "y ~ x + (x | g) + (v | small)",
+    "y ~ log(v) + (0 + f | h)",
+    "y ~ x + v",
+]
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    """700 rows; g in h, ``small`` crossed with both."""
+    rng = np.random.default_rng(3)
+    n, g = 700, rng.integers(0, 40, 700)
+    return pd.DataFrame(
+        {
+            "y": rng.normal(size=n) + 50 + rng.normal(size=40)[g],
+            "x": rng.normal(size=n) * 3 + 200,
+            "v": rng.uniform(1, 2, n),
+            "o": rng.normal(size=n) * 10,
+            "f": rng.choice(["a", "b", "c"], n),
+            "g": g,
+            "h": g // 5,
+            "small": rng.integers(0, 3, n),
+        }
+    )
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every table of more than 64 rows counts as large."""
+    monkeypatch.setattr(design, "LARGE", 64)
+    monkeypatch.setattr(blocks, "LARGE", 64)
+
+
+def in_data_units(model: lmm.Model) -> list[np.ndarray]:
+    """Products of the chain and of X, the units taken off again."""
+    plan, units, g, rhs = model._standard
+    d, A = plan.layout.d, np.linalg.inv(units.A)
+    out = [A.T @ g.core[d:, d:] @ A]
+    out.append(units.scale * A.T @ rhs.core[d:] + out[0] @ units.beta0)
+    for i, factor in enumerate(plan.factors[: plan.n_chain]):
+        B = np.linalg.inv(_block([units.B[k] for k in factor.terms]))
+        zx = np.einsum("st,tpj,pq->sqj", B.T, g.border[i][:, d:], A)
+        zy = units.scale * np.einsum("st,tj->sj", B.T, rhs.border[i])
+        out += [np.einsum("st,tuj,uv->svj", B.T, g.own[i], B), zx]
+        out.append(zy + np.einsum("spj,p->sj", zx, units.beta0))
+    return [*out, *(a for row in g.parent for a in row)]
+
+
+def _block(blocks: list[np.ndarray]) -> np.ndarray:
+    from scipy.linalg import block_diag
+
+    return block_diag(*blocks)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("sort", [False, True])
+def test_products_by_blocks_equal_those_of_the_whole(
+    formula: str, sort: bool, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table.sort_values("g", ignore_index=True) if sort else table
+    whole = lmm.Model(formula, table)
+    expected, start = in_data_units(whole), whole.theta0
+    monkeypatch.setattr(design, "LARGE", 64)
+    monkeypatch.setattr(blocks, "LARGE", 64)
+    model = lmm.Model(formula, table)
+    assert blocks.products(model.design, gram.plan(model.design)) is not None
+    for found, wanted in zip(in_data_units(model), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-9 * np.abs(wanted).max())
+    np.testing.assert_allclose(model.theta0, start, rtol=1e-7)
+    np.testing.assert_allclose(model._units.A, whole._units.A, rtol=1e-9, atol=1e-12)
+    for B, wanted in zip(model._units.B, whole._units.B, strict=True):
+        np.testing.assert_allclose(B, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("large")
+def test_no_matrix_is_made_before_its_rows_are_read(table: pd.DataFrame) -> None:
+    model = lmm.Model("y ~ x + f + (x | g)", table)
+    assert model.theta0.shape == (3,)
+    assert given(model.design, "X").array is None
+    assert given(model.design.terms[0], "z").array is None
+    assert model.design.X.shape == (700, 4)
+    assert given(model.design, "X").array is model.design.X
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_late_rows_have_the_same_bits_also_after_pickling(
+    formula: str, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table.loc[[3, 90], "x"] = np.nan
+    early = lmm.Model(formula, table).design
+    monkeypatch.setattr(design, "LARGE", 64)
+    late = lmm.Model(formula, table).design
+    for found in (late, pickle.loads(pickle.dumps(late))):
+        for name in ("X", "y", "offset", "weights"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(early, name))
+        for t, wanted in zip(found.terms, early.terms, strict=True):
+            np.testing.assert_array_equal(t.z, wanted.z)
+            np.testing.assert_array_equal(t.codes, wanted.codes)
+            assert list(t.levels) == list(wanted.levels)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_writing_to_the_data_afterwards_changes_nothing(as_dict: bool, table: pd.DataFrame) -> None:
+    data = {name: table[name].to_numpy().copy() for name in table} if as_dict else table.copy()
+    model = lmm.Model("y ~ x + v + (x | g)", data)
+    if isinstance(data, dict):
+        data["x"][:], data["y"][:] = 0.0, 1.0
+    else:
+        data.loc[:, "x"] = 0.0
+        data.iloc[5:, 0] = 1.0
+        data["v"] = "text"
+    np.testing.assert_array_equal(model.design.X[:, 1], table["x"])
+    np.testing.assert_array_equal(model.design.X[:, 2], table["v"])
+    np.testing.assert_array_equal(model.design.terms[0].z[:, 1], table["x"])
+    np.testing.assert_array_equal(model.design.y, table["y"])
+
+
+@pytest.mark.usefixtures("large")
+def test_columns_are_held_only_where_their_memory_is_used(table: pd.DataFrame) -> None:
+    names = [c.name for c in lmm.Model("y ~ x + log(v) + (x | g)", table).design.held]
+    assert sorted(names) == (["x", "y"] if int(pd.__version__.split(".")[0]) > 2 else [])
+    table.loc[0, "x"] = np.nan
+    assert lmm.Model("y ~ x + log(v) + (x | g)", table).design.held == ()
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: t.assign(y=1e6 * t.x + 1e-3 * t.v), "a nearly exact fit"),
+        (lambda t: t.assign(x=t.x * 1e200), "no finite squares"),
+    ],
+)
+def test_what_moments_cannot_tell_is_left_to_the_columns(
+    change: object, why: str, table: pd.DataFrame
+) -> None:
+    model = lmm.Model("y ~ x + (1 | g)", change(table))  # type: ignore[operator]
+    assert blocks.products(model.design, gram.plan(model.design)) is None, why
+    assert np.all(np.isfinite(model._units.A))
+    assert given(model.design, "X").array is None, "released after the products"
+
+
+@pytest.mark.usefixtures("large")
+def test_moments_do_not_outlive_their_columns(table: pd.DataFrame) -> None:
+    import dataclasses
+
+    d = lmm.Model("y ~ x + (1 | g)", table).design
+    assert moments_of(d, "X") is not None
+    assert moments_of(dataclasses.replace(d, y=d.y + 1), "X") is None
+
+
+@pytest.mark.usefixtures("large")
+def test_offsets_of_the_data_cost_no_digits(table: pd.DataFrame) -> None:
+    near = lmm.Model("y ~ x + (x | g)", table)
+    far = lmm.Model("y ~ x + (x | g)", table.assign(y=table.y + 2.0**27, x=table.x + 2.0**27))
+    np.testing.assert_allclose(far._standard[2].own[0], near._standard[2].own[0], atol=2e-7)
+    np.testing.assert_allclose(far._units.A[1, 1], near._units.A[1, 1], rtol=1e-8)
+    np.testing.assert_allclose(far.theta0[[0, 2]][1], near.theta0[2], rtol=1e-6)
+
+
+def test_texts_of_integer_levels_are_printed_when_read() -> None:
+    table = pd.DataFrame({"y": [1.0, 2.0, 4.0, 3.0], "g": [7, -2, 7, 30]})
+    term = lmm.Model("y ~ 1 + (1 | g)", table).design.terms[0]
+    texts = given(term, "levels")
+    assert isinstance(texts, Texts)
+    assert len(texts) == 3
+    assert list(term.levels) == ["-2", "7", "30"]
+    assert term.levels is term.levels
+    kept = Factor(np.array([2, 0, 2], np.int32), texts).take(None)  # type: ignore[arg-type]
+    assert (list(kept.levels), list(kept.codes)) == (["-2", "30"], [1, 0, 1])
+
+
+def test_a_fit_in_small_programs_is_the_same(
+    table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lmm.Model("y ~ x + (v | g)", table)
+    expected = model.fit()
+    monkeypatch.setattr(estimate, "LARGE", 1)
+    monkeypatch.setattr(compiling, "_done", set())
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    found = lmm.Model("y ~ x + (v | g)", table).fit()
+    np.testing.assert_allclose(found.theta, expected.theta, rtol=1e-9)
+    np.testing.assert_allclose(found.beta, expected.beta, rtol=1e-12)
+    assert found.deviance == pytest.approx(expected.deviance, rel=1e-13)
+    assert found.n_evals == expected.n_evals
+    assert len(compiling._done) == 3
+    assert len(compiled) <= 4, "begin, slopes, advance and finish, each once"
+    del compiled[:]
+    lmm.Model("y ~ v + (x | g)", table).fit()
+    assert compiled == []
