@@ -264,7 +264,6 @@ class Pieces(NamedTuple):
     T: jax.Array  # rows of T of the chain, (S, p + 1, J)
     T_core: jax.Array  # rows of T of the core, (d, p + 1)
     K: jax.Array  # (d, d)
-    half: jax.Array  # M Λ_c', (d, d)
     Q: jax.Array  # Λ_c M Λ_c', (d, d)
     v: jax.Array  # (-β̂, 1)
     S_inv: jax.Array  # S_x⁻¹ (p, p)
@@ -289,16 +288,17 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
     else:
         eye = jnp.eye(a.shape[0], dtype=theta.dtype)[..., None]
         P = SparseP(eye - lk.per_level(W_A, f.root), gram.cross, d)
-    K = jnp.concatenate([f.schur[:d], red.row.schur[:d, None]], axis=1)
-    transposed = [lam.T for lam in f.lams[1:]]
-    half = lk.scale_core(layout, transposed, lk.inverse_from_cholesky(f.core[:d, :d]))
-    Q = lk.scale_core(layout, transposed, half.T)
-    QK = Q @ K[:, d:]
-    T, T_core = fixed - P.apply(QK) if d else fixed, K[:, d:] - K[:, :d] @ QK
+    Q = lk.conjugate_core(
+        layout, [lam.T for lam in f.lams[1:]], lk.inverse_from_cholesky(f.core[:d, :d])
+    )
+    K = f.schur[:d, :d]
+    K_y = jnp.concatenate([f.schur[:d, d:], red.row.schur[:d, None]], axis=1)
+    QK = Q @ K_y
+    T, T_core = fixed - P.apply(QK) if d else fixed, K_y - K @ QK
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
     lams = list(f.lams)
     a, every_a, T = jax.lax.optimization_barrier((a, every_a, T))
-    return Pieces(red, lams, a, every_a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
+    return Pieces(red, lams, a, every_a, P, T, T_core, K, Q, v, lk.unscaled_vcov(red))
 
 
 def _left(A: jax.Array, x: jax.Array) -> jax.Array:
@@ -514,11 +514,11 @@ def _average(layout: Layout, k: Pieces, E: list[jax.Array], ratio: jax.Array) ->
     w = jnp.einsum("kab,bj->akj", E[0], t)
     t_core = k.T_core @ k.v
     w_core = _apply_core(layout, E[1:], t_core[:, None])[..., 0].T  # (d, n_theta)
-    Kw = k.K @ w_core
-    u = k.P.transposed(w)
-    Aw = _times(k.a, w) + k.P.apply(w_core - k.Q @ (Kw + u))
-    Aw_core = Kw - k.K @ (k.Q @ Kw) + u - k.K @ (k.Q @ u)
-    q = jnp.einsum("akj,alj->kl", w, Aw) + w_core.T @ Aw_core
+    # w'Ãw = w₁'aw₁ + 2 u'w_c + w_c'Kw_c - (u + Kw_c)'Q(u + Kw_c),  u = Σ_i P_i'w_i
+    u, Kw = k.P.transposed(w), k.K @ w_core
+    both = u + Kw
+    q = jnp.einsum("akj,alj->kl", w, _times(k.a, w)) + u.T @ w_core + w_core.T @ both
+    q = q - both.T @ (k.Q @ both)
     S_v = jnp.einsum("amj,akj->km", k.T, w) + w_core.T @ k.T_core
     along = S_v @ k.v
     q = q - S_v[:, :p] @ k.S_inv @ S_v[:, :p].T
@@ -541,8 +541,8 @@ def _gamma(layout: Layout, k: Pieces, C: jax.Array) -> list[jax.Array]:
 def _core_gamma(layout: Layout, k: Pieces) -> list[jax.Array]:
     """Sums of the diagonal blocks of Ã_cc = K - KQK per factor.
 
-    From Ã_cc Λ = K Λ M by elementwise products where Λ can be inverted, which spares a product of
-    (d, d) matrices.
+    From Ã_cc Σ_c = K Q by elementwise products where Λ is far from singular, which spares a product
+    of (d, d) matrices.
     """
     lams = k.lams[1:]
 
@@ -552,15 +552,17 @@ def _core_gamma(layout: Layout, k: Pieces) -> list[jax.Array]:
     def one_sided() -> list[jax.Array]:
         out = []
         for (at, J, S), lam in zip(_core_blocks(layout), lams, strict=True):
-            x, y = k.K[at].reshape(J, S, -1), k.half[at].reshape(J, S, -1)
+            x, y = k.K[at].reshape(J, S, -1), k.Q[at].reshape(J, S, -1)
             rows = [[jnp.sum(x[:, a] * y[:, b]) for b in range(S)] for a in range(S)]
-            out.append(jnp.linalg.solve(lam.T, jnp.array(rows).T).T)
+            half = jnp.linalg.solve(lam, jnp.array(rows).T)
+            out.append(jnp.linalg.solve(lam.T, half).T)
         return out
 
     if layout.d < LARGE_CORE:
         return directly()
-    smallest = [jnp.min(jnp.abs(jnp.diagonal(jnp.linalg.qr(lam)[1]))) for lam in lams]
-    return jax.lax.cond(jnp.min(jnp.stack(smallest)) > 1e-3, one_sided, directly)
+    pivots = [jnp.abs(jnp.diagonal(jnp.linalg.qr(lam)[1])) for lam in lams]
+    regular = [(jnp.min(x) > 1e-3) & (jnp.min(x) > 0.03 * jnp.max(x)) for x in pivots]
+    return jax.lax.cond(jnp.all(jnp.stack(regular)), one_sided, directly)
 
 
 def vcov_and_derivative(
