@@ -169,14 +169,8 @@ def _pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # -------------------------------------------------------------------------------------------------
 
 
-def _pick(a: jax.Array, where: jax.Array) -> jax.Array:
-    """a[..., where] without a test of each index."""
-    return a.at[..., where].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def _add(to: jax.Array, where: jax.Array, values: jax.Array) -> jax.Array:
-    """``to`` with values added at [..., where], without a test of each index."""
-    return to.at[..., where].add(values, mode="promise_in_bounds", wrap_negative_indices=False)
+#: the lists hold no index that is negative or too large: none is tested
+_TRUSTED: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
 def conjugate_levels(cross: Cross, G: jax.Array, d: int) -> jax.Array:
@@ -200,38 +194,42 @@ def subtract_levels(cross: Cross, G: jax.Array, beside: jax.Array, core: jax.Arr
     """
     m, p = beside.shape
     d = m - p
-    products = cross.pair_value * _pick(G, cross.pair_level)[..., None]
-    cells = _add(jnp.zeros(cross.cells.shape, G.dtype), cross.pair_cell, products.sum((0, 1)))
+    products = cross.pair_value * G.at[..., cross.pair_level].get(**_TRUSTED)[..., None]
+    cells = jnp.zeros(cross.cells.shape, G.dtype)
+    cells = cells.at[cross.pair_cell].add(products.sum((0, 1)), **_TRUSTED)
     row, column = cross.cells // d, cross.cells % d
     half = jnp.where(row == column, 0.5 * cells, cells)
-    out = _add(core.reshape(-1), row * m + column, -half)
-    out = _add(out, column * m + row, -half).reshape(m, m)
+    out = core.reshape(-1).at[row * m + column].add(-half, **_TRUSTED)
+    out = out.at[column * m + row].add(-half, **_TRUSTED).reshape(m, m)
     return out.at[:, d:].add(-beside).at[d:, :d].add(-beside[:d].T)
 
 
 def conjugate_core(cross: Cross, Q: jax.Array, J: int) -> jax.Array:
     """B_jQB_j' per level for symmetric Q: (d, d) -> (S, S, J)."""
     d = Q.shape[0]
-    picked = _pick(Q.reshape(-1), cross.cells)
+    picked = Q.reshape(-1).at[cross.cells].get(**_TRUSTED)
     half = jnp.where(cross.cells // d == cross.cells % d, 0.5 * picked, picked)
     # written out once: left to itself, the compiler looks every pair up in Q
     half = jax.lax.optimization_barrier(half)
     first, *others = (
-        cross.pair_value[..., k] * _pick(half, cross.pair_cell[:, k])
+        cross.pair_value[..., k] * half.at[cross.pair_cell[:, k]].get(**_TRUSTED)
         for k in range(cross.pair_cell.shape[1])
     )
     zeros = jnp.zeros((*cross.pair_value.shape[:2], J), Q.dtype)
-    lower = _add(zeros, cross.pair_level, sum(others, first))
+    lower = zeros.at[..., cross.pair_level].add(sum(others, first), **_TRUSTED)
     return lower + jnp.swapaxes(lower, 0, 1)
 
 
 def to_core(cross: Cross, x: jax.Array, d: int) -> jax.Array:
     """Σ_j B_j'x_j: (S, k, J) -> (d, k)."""
-    picked = jnp.sum(cross.value[:, None] * _pick(x, cross.level), axis=0)
-    return _add(jnp.zeros((x.shape[1], d), x.dtype), cross.column, picked).T
+    rows = jnp.moveaxis(x, -1, 0).at[cross.level].get(**_TRUSTED)
+    rows = jnp.sum(cross.value.T[..., None] * rows, axis=1)
+    return jnp.zeros((d, x.shape[1]), x.dtype).at[cross.column].add(rows, **_TRUSTED)
 
 
 def from_core(cross: Cross, v: jax.Array, J: int) -> jax.Array:
     """B_j v per level: (d, k) -> (S, k, J)."""
-    picked = cross.value[:, None] * _pick(v.T, cross.column)
-    return _add(jnp.zeros((picked.shape[0], v.shape[1], J), v.dtype), cross.level, picked)
+    rows = cross.value.T[..., None] * v.at[cross.column].get(**_TRUSTED)[:, None]
+    # levels first while it is summed: side by side, the columns of an entry are added as one
+    out = jnp.zeros((J, *rows.shape[1:]), v.dtype).at[cross.level].add(rows, **_TRUSTED)
+    return jnp.moveaxis(out, 0, -1)

@@ -30,6 +30,12 @@ optimiser then uses the average information, the mean of the observed and the ex
 they cancel (Gilmour, Thompson and Cullis 1995); with w_k = E_k T v and Ã_P = Ã - T_x S_x⁻¹ T_x',
 
     tr((∂E_k/∂θ_l) Γ) + (ν/r²) w_k'Ã_P w_l - (ν/r⁴) (v'Ṡ_k v)(v'Ṡ_l v).
+
+The two informations differ by the chance in as many effects as a factor has levels. So rows and
+columns of the parameters of small factors, where that is most, are exact after all: they need the
+few columns X = Ã_{·F} of such a factor's effects F,
+
+    tr(Ã E_k Ã E_l) = tr(X'E_kX E_l),   tr(C T'E_k Ã E_l T) = tr(C (T'E_kX) E_l T_F).
 """
 
 from __future__ import annotations
@@ -57,6 +63,9 @@ TINY = 1000
 #: from this many columns of the core on, the optimiser uses the average information
 LARGE_CORE = 150
 
+#: columns of a factor of the core up to which the curvature in its parameters is always exact
+FEW_COLUMNS = 32
+
 
 def by_autodiff(f: Callable[[jax.Array], jax.Array], theta: jax.Array) -> Derivatives:
     """f, ∇f, ∇²f by automatic differentiation, f and ∇f evaluated once."""
@@ -71,7 +80,7 @@ def has_closed_form(layout: Layout) -> bool:
 
 
 def is_approximate(layout: Layout) -> bool:
-    """Whether :func:`for_optimiser` replaces the Hessian by the average information."""
+    """Whether :func:`for_optimiser` replaces most of the Hessian by the average information."""
     return has_closed_form(layout) and layout.d >= LARGE_CORE
 
 
@@ -96,6 +105,7 @@ def for_optimiser(
 ) -> Derivatives:
     """Value, exact gradient and a curvature: the Hessian, or the average information (large core).
 
+    The rows and columns of factors of at most ``FEW_COLUMNS`` columns are the Hessian's in any case.
     Where Λ's derivative vanishes (a variance of 0) the two curvatures agree.
     """
     if is_approximate(layout):
@@ -263,14 +273,26 @@ class Pieces(NamedTuple):
     P: Any  # DenseP or SparseP
     T: jax.Array  # rows of T of the chain, (S, p + 1, J)
     T_core: jax.Array  # rows of T of the core, (d, p + 1)
+    X: jax.Array  # columns F of Ã, rows of the chain, (S, m, J)
+    X_core: jax.Array  # rows of the core, (d, m)
     K: jax.Array  # (d, d)
     Q: jax.Array  # Λ_c M Λ_c', (d, d)
     v: jax.Array  # (-β̂, 1)
     S_inv: jax.Array  # S_x⁻¹ (p, p)
 
 
-def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) -> Pieces:
-    """From the factorisation: with W = U⁻'Λ'(·), Z₁'V₁⁻¹B = B - W_A'W_B, no inverse formed."""
+def _pieces(
+    layout: Layout,
+    theta: jax.Array,
+    gram: Gram,
+    rhs: Rhs,
+    units: Any,
+    F: Sequence[int] | np.ndarray = (),
+) -> Pieces:
+    """From the factorisation: with W = U⁻'Λ'(·), Z₁'V₁⁻¹B = B - W_A'W_B, no inverse formed.
+
+    ``F`` are the columns of the core's Z for which Ã is wanted.
+    """
     red, d = lk.reduce(layout, theta, gram, rhs, units), layout.d
     # written out once: left to itself, the compiler repeats the elimination for every use of it
     red = jax.lax.optimization_barrier(red)
@@ -291,14 +313,20 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
     Q = lk.conjugate_core(
         layout, [lam.T for lam in f.lams[1:]], lk.inverse_from_cholesky(f.core[:d, :d])
     )
+    F, p1 = np.asarray(F, int), layout.p + 1
     K = f.schur[:d, :d]
-    K_y = jnp.concatenate([f.schur[:d, d:], red.row.schur[:d, None]], axis=1)
+    K_y = jnp.concatenate([f.schur[:d, d:], red.row.schur[:d, None], K[:, F]], axis=1)
     QK = Q @ K_y
-    T, T_core = fixed - P.apply(QK) if d else fixed, K_y - K @ QK
+    core = K_y - K @ QK
+    # Ã_iF = P_i(I - QK)_F
+    chain = -P.apply(QK.at[F, p1 + np.arange(len(F))].add(-1.0)) if d else jnp.zeros_like(fixed)
+    T, X = fixed + chain[:, :p1], chain[:, p1:]
+    T_core, X_core = core[:, :p1], core[:, p1:]
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
     lams = list(f.lams)
     a, every_a, T = jax.lax.optimization_barrier((a, every_a, T))
-    return Pieces(red, lams, a, every_a, P, T, T_core, K, Q, v, lk.unscaled_vcov(red))
+    S_inv = lk.unscaled_vcov(red)
+    return Pieces(red, lams, a, every_a, P, T, T_core, X, X_core, K, Q, v, S_inv)
 
 
 def _left(A: jax.Array, x: jax.Array) -> jax.Array:
@@ -468,7 +496,8 @@ def closed_form(
 
     ``order=1`` leaves the curvature at zero; ``exact=False`` gives the average information.
     """
-    k, E = _pieces(layout, theta, gram, rhs, units), _sigma_derivatives(layout, theta, units)
+    few, F = ((), ()) if exact else _few(layout)
+    k, E = _pieces(layout, theta, gram, rhs, units, F), _sigma_derivatives(layout, theta, units)
     p, reml = k.red.p, method == "REML"
     ratio = 1.0 / lk.profiled_sigma2(k.red, method)  # ν / r²
     C = ratio * jnp.outer(k.v, k.v)
@@ -485,21 +514,59 @@ def closed_form(
 
     hessian = jax.hessian(linear_in_sigma)(theta)
     if exact:
-        hessian = hessian + _curvature(layout, k, E, C, ratio, reml)
+        curvature = _curvature(layout, k, E, _traces(layout, k, E, C), ratio, reml)
     else:
-        hessian = hessian + _average(layout, k, E, ratio)
+        curvature = _average(layout, k, E, ratio)
+    if len(few):
+        rows = np.isin(np.arange(len(theta)), few)
+        known = _curvature(layout, k, E, _few_traces(layout, k, E, C, rows), ratio, reml)
+        curvature = jnp.where(rows | rows[:, None], known, curvature)
+    hessian = hessian + curvature
     return value, gradient, 0.5 * (hessian + hessian.T)
 
 
+def _few(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters, and columns of the core's Z, of the core's small factors."""
+    of, columns = [np.zeros(0, int)], [np.zeros(0, int)]
+    for (at, J, S), (terms, _, _) in zip(_core_blocks(layout), layout.core, strict=True):
+        if J * S <= FEW_COLUMNS:
+            of.append(_parameters(layout, terms))
+            columns.append(np.arange(at.start, at.stop))
+    return np.concatenate(of), np.concatenate(columns)
+
+
+def _few_traces(
+    layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array, rows: np.ndarray
+) -> jax.Array:
+    """The entries of :func:`_traces` in ``rows``, a mask of θ, or such columns; 0 elsewhere."""
+    applied = _apply_core(layout, E[1:], k.X_core)
+    U = _contract("kab,ambn->kmn", E[0], _outer(k.X, k.X))
+    U = U + jnp.einsum("dm,kdn->kmn", k.X_core, applied)
+    V = _contract("kab,ambn->kmn", E[0], _outer(k.T, k.X))
+    V = jnp.einsum("im,kmn->kin", C, V + jnp.einsum("dm,kdn->kmn", k.T_core, applied))
+    out, start = jnp.zeros((len(rows), len(rows)), C.dtype), 0
+    for (at, J, S), e in zip(_core_blocks(layout), E[1:], strict=True):
+        if J * S > FEW_COLUMNS:
+            continue
+        mine = slice(start, start + J * S)
+        u = U[:, mine, mine].reshape(-1, J, S, J, S)
+        v = V[:, :, mine].reshape(len(rows), -1, J, S)
+        t = k.T_core[at].reshape(J, S, -1)
+        both = 2 * jnp.einsum("kija,jbi->kab", v, t) - jnp.einsum("kjaJb,jJ->kab", u, np.eye(J))
+        out = out + jnp.einsum("kab,lab->kl", both, e)
+        start += J * S
+    return jnp.where(rows, out, out.T)
+
+
 def _curvature(
-    layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array, ratio: jax.Array, reml: bool
+    layout: Layout, k: Pieces, E: list[jax.Array], traces: jax.Array, ratio: jax.Array, reml: bool
 ) -> jax.Array:
     """The Hessian less its term in ∂²Σ."""
     p, S_dot = k.red.p, _s_dot(layout, k, E)
     S_v = _contract("kmn,n->km", S_dot, k.v)
     along = _contract("km,m->k", S_v, k.v)
     shared = _contract("ki,ij,lj->kl", S_v[:, :p], k.S_inv, S_v[:, :p])
-    hessian = _traces(layout, k, E, C) - 2 * ratio * shared
+    hessian = traces - 2 * ratio * shared
     hessian = hessian - ratio / k.red.r2 * jnp.outer(along, along)
     if reml:
         MS = _contract("ij,kjm->kim", k.S_inv, S_dot[:, :p, :p])
@@ -549,12 +616,21 @@ def _core_gamma(layout: Layout, k: Pieces) -> list[jax.Array]:
     def directly() -> list[jax.Array]:
         return _core_sums(layout, k.K - k.K @ k.Q @ k.K)
 
-    def one_sided() -> list[jax.Array]:
-        out = []
-        for (at, J, S), lam in zip(_core_blocks(layout), lams, strict=True):
+    def sums() -> list[jax.Array]:
+        if all(S == 1 for _, _, S in _core_blocks(layout)):  # without copies of parts of K and Q
+            rows = jnp.sum(k.K * k.Q, axis=1)
+            return [jnp.sum(rows[at])[None, None] for at, _, _ in _core_blocks(layout)]
+        blocks = []
+        for at, J, S in _core_blocks(layout):
             x, y = k.K[at].reshape(J, S, -1), k.Q[at].reshape(J, S, -1)
             rows = [[jnp.sum(x[:, a] * y[:, b]) for b in range(S)] for a in range(S)]
-            half = jnp.linalg.solve(lam, jnp.array(rows).T)
+            blocks.append(jnp.array(rows))
+        return blocks
+
+    def one_sided() -> list[jax.Array]:
+        out = []
+        for block, lam in zip(sums(), lams, strict=True):
+            half = jnp.linalg.solve(lam, block.T)
             out.append(jnp.linalg.solve(lam.T, half).T)
         return out
 

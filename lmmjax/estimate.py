@@ -50,7 +50,7 @@ def optimise(
     if layout.n_theta == 0:
         best = optimize.linear(f, theta0)
     elif optimizer == "newton":
-        best = optimize.newton(vgh, theta0)
+        best = optimize.newton(vgh, theta0, approximate=derivatives.is_approximate(layout))
     else:
         transform = optimize.named_transform(optimizer) if isinstance(optimizer, str) else optimizer
         best = optimize.descend(f, vgh, theta0, transform)

@@ -296,8 +296,10 @@ def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
         root = _scaled_inverse(Us[0], every[0])
         blocks.core[0] = _less_sparse_products(layout, gram, root, borders[0])
     schur = blocks.core[0]
-    ones = jnp.arange(len(schur)) < layout.d
-    full = conjugate_core(layout, every[c:], schur) + jnp.diag(ones.astype(schur.dtype))
+    full = conjugate_core(layout, every[c:], schur)
+    if layout.d:
+        at = np.arange(layout.d)
+        full = full.at[at, at].add(1.0)
     # transposed, as LAPACK goes by columns: of a symmetric matrix that costs nothing
     L = jnp.tril(jax.lax.linalg.cholesky(full.T, symmetrize_input=False))
     logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(L)[: layout.d]))

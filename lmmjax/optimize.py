@@ -27,6 +27,9 @@ Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 #: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
 SINGULAR_TOLERANCE = 1e-4
 
+#: with an approximate Hessian, a promise small enough for the step that it belongs to to be the last
+LAST_PROMISE = 1e-6
+
 CONVERGED, MAX_ITERATIONS, NOT_FINITE, FLAT_STOP = 0, 1, 2, 3
 
 STATUS = {
@@ -113,13 +116,20 @@ class _State(NamedTuple):
     lost: jax.Array
 
 
-def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> Optimum:
+def newton(
+    derivatives: Derivatives,
+    theta0: jax.Array,
+    max_iter: int = 200,
+    approximate: bool = False,
+) -> Optimum:
     """Trust-region Newton with exact derivatives; jit and vmap as you like.
 
     Stops when the predicted decrease is below the rounding error of the criterion, and takes that
     last step too: convergence is quadratic, so θ is then exact to about its own standard error
     times that decrease. An approximate Hessian, such as the average information, serves as well:
-    convergence is then linear, at a rate that falls with the sample.
+    convergence is then linear, at a rate that falls with the sample, and says itself how fast: the
+    share of the last promise that is left after a step. Where that share of a promise below
+    ``LAST_PROMISE`` is an ulp of the criterion, the step is the last.
 
     Parameters
     ----------
@@ -127,6 +137,10 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
         θ -> criterion, gradient, Hessian.
     theta0 : array, shape (n_theta,)
         Start; never a point with a parameter at 0.
+    max_iter : int
+        Most evaluations.
+    approximate : bool
+        Whether the Hessian is an approximation, of which nobody needs the value at the optimum.
 
     Returns
     -------
@@ -155,7 +169,11 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
         theta, value = keep(at, s.theta), keep(value, s.value)
         gradient, hessian = keep(gradient, s.gradient), keep(hessian, s.hessian)
         step, predicted = _step(gradient, hessian, radius)
-        close = predicted <= 100 * eps * (1.0 + jnp.abs(value))
+        rounding = eps * (1.0 + jnp.abs(value))
+        close = predicted <= 100 * rounding
+        if approximate:
+            left = predicted * (predicted / s.predicted)
+            close = close | (ok & (predicted <= LAST_PROMISE) & (left <= rounding))
         lost = (~ok & first) | (~close & (radius < 1e-3 * eps))
         return _State(
             theta, value, gradient, hessian, step, predicted, radius, s.n + 1, close, lost
