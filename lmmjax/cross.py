@@ -179,7 +179,7 @@ def conjugate_levels(cross: Cross, G: jax.Array, d: int) -> jax.Array:
 
 
 def subtract_levels(cross: Cross, G: jax.Array, beside: jax.Array, core: jax.Array) -> jax.Array:
-    """``core`` less [[Σ_j B_j'G_jB_j, beside], [beside', .]], of which the last p columns are given.
+    """``core`` less [[Σ_j B_j'G_jB_j, beside], [beside', .]], the last p columns given.
 
     Parameters
     ----------

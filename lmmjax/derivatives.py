@@ -105,7 +105,7 @@ def for_optimiser(
 ) -> Derivatives:
     """Value, exact gradient and a curvature: the Hessian, or the average information (large core).
 
-    The rows and columns of factors of at most ``FEW_COLUMNS`` columns are the Hessian's in any case.
+    Rows and columns of factors of at most ``FEW_COLUMNS`` columns are the Hessian's in any case.
     Where Λ's derivative vanishes (a variance of 0) the two curvatures agree.
     """
     if is_approximate(layout):
@@ -618,8 +618,8 @@ def _core_gamma(layout: Layout, k: Pieces) -> list[jax.Array]:
 
     def sums() -> list[jax.Array]:
         if all(S == 1 for _, _, S in _core_blocks(layout)):  # without copies of parts of K and Q
-            rows = jnp.sum(k.K * k.Q, axis=1)
-            return [jnp.sum(rows[at])[None, None] for at, _, _ in _core_blocks(layout)]
+            each = jnp.sum(k.K * k.Q, axis=1)
+            return [jnp.sum(each[at])[None, None] for at, _, _ in _core_blocks(layout)]
         blocks = []
         for at, J, S in _core_blocks(layout):
             x, y = k.K[at].reshape(J, S, -1), k.Q[at].reshape(J, S, -1)

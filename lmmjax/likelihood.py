@@ -298,8 +298,8 @@ def factorise(layout: Layout, lams: list[jax.Array], gram: Gram) -> Factorised:
     schur = blocks.core[0]
     full = conjugate_core(layout, every[c:], schur)
     if layout.d:
-        at = np.arange(layout.d)
-        full = full.at[at, at].add(1.0)
+        at = jnp.arange(len(schur))
+        full = jnp.where((at[:, None] == at) & (at < layout.d), full + 1.0, full)
     # transposed, as LAPACK goes by columns: of a symmetric matrix that costs nothing
     L = jnp.tril(jax.lax.linalg.cholesky(full.T, symmetrize_input=False))
     logdet = logdet + 2 * jnp.sum(jnp.log(jnp.diagonal(L)[: layout.d]))
@@ -534,7 +534,7 @@ def ranef(
     return (*[f.lams[i] @ u[i] for i in range(c)], *core)
 
 
-def inverse_from_cholesky(L: jax.Array, block: int = 160) -> jax.Array:
+def inverse_from_cholesky(L: jax.Array, block: int = 200) -> jax.Array:
     """(LL')⁻¹: by halves, so that nearly all of the work is matrix products, 0.8 d³ of them.
 
     What is known to be zero or symmetric is left out in blocks of ``block`` columns.

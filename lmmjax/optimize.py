@@ -27,7 +27,7 @@ Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 #: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
 SINGULAR_TOLERANCE = 1e-4
 
-#: with an approximate Hessian, a promise small enough for the step that it belongs to to be the last
+#: with an approximate Hessian, the largest promise of a step that may be the last
 LAST_PROMISE = 1e-6
 
 CONVERGED, MAX_ITERATIONS, NOT_FINITE, FLAT_STOP = 0, 1, 2, 3
@@ -173,7 +173,7 @@ def newton(
         close = predicted <= 100 * rounding
         if approximate:
             left = predicted * (predicted / s.predicted)
-            close = close | (ok & (predicted <= LAST_PROMISE) & (left <= rounding))
+            close = close | (~first & ok & (predicted <= LAST_PROMISE) & (left <= rounding))
         lost = (~ok & first) | (~close & (radius < 1e-3 * eps))
         return _State(
             theta, value, gradient, hessian, step, predicted, radius, s.n + 1, close, lost
