@@ -196,7 +196,7 @@ def subtract_levels(cross: Cross, G: jax.Array, beside: jax.Array, core: jax.Arr
     d = m - p
     products = cross.pair_value * G.at[..., cross.pair_level].get(**_TRUSTED)[..., None]
     cells = jnp.zeros(cross.cells.shape, G.dtype)
-    cells = cells.at[cross.pair_cell].add(products.sum((0, 1)), **_TRUSTED)
+    cells = cells.at[cross.pair_cell.reshape(-1)].add(products.sum((0, 1)).reshape(-1), **_TRUSTED)
     row, column = cross.cells // d, cross.cells % d
     half = jnp.where(row == column, 0.5 * cells, cells)
     out = core.reshape(-1).at[row * m + column].add(-half, **_TRUSTED)
