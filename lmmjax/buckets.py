@@ -159,12 +159,15 @@ def _spread(a: Any, positions: np.ndarray, size: int, axis: int) -> np.ndarray:
 def _pad_cross(cross: Cross, d: int, to: int) -> Cross:
     """Entries and pairs of value 0 appended; the core of a sparse layout keeps its columns."""
     assert d == to, "the core of a sparse layout is not padded"
-    m, pairs = bucket(len(cross.level), 8), bucket(len(cross.pair_level), 8)
+    m, cells = bucket(len(cross.level), 8), bucket(len(cross.cells), 8)
+    rows = bucket(len(cross.pair_level), 8)
+    more = [(0, rows - len(cross.pair_level)), (0, 0)]
     return Cross(
         _levels(cross.level, m),
         _levels(cross.column, m),
         _levels(cross.value, m),
-        _levels(cross.pair_level, pairs),
-        _levels(cross.pair_cell, pairs),
-        _levels(cross.pair_value, pairs),
+        _levels(cross.cells, cells),
+        _levels(cross.pair_level, rows),
+        np.pad(cross.pair_cell, more),
+        np.pad(cross.pair_value, [(0, 0), (0, 0), *more]),
     )

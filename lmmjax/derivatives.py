@@ -30,6 +30,12 @@ optimiser then uses the average information, the mean of the observed and the ex
 they cancel (Gilmour, Thompson and Cullis 1995); with w_k = E_k T v and Ã_P = Ã - T_x S_x⁻¹ T_x',
 
     tr((∂E_k/∂θ_l) Γ) + (ν/r²) w_k'Ã_P w_l - (ν/r⁴) (v'Ṡ_k v)(v'Ṡ_l v).
+
+The two informations differ by the chance in as many effects as a factor has levels. So rows and
+columns of the parameters of small factors, where that is most, are exact after all: they need the
+few columns X = Ã_{·F} of such a factor's effects F,
+
+    tr(Ã E_k Ã E_l) = tr(X'E_kX E_l),   tr(C T'E_k Ã E_l T) = tr(C (T'E_kX) E_l T_F).
 """
 
 from __future__ import annotations
@@ -57,6 +63,9 @@ TINY = 1000
 #: from this many columns of the core on, the optimiser uses the average information
 LARGE_CORE = 150
 
+#: columns of a factor of the core up to which the curvature in its parameters is always exact
+FEW_COLUMNS = 32
+
 
 def by_autodiff(f: Callable[[jax.Array], jax.Array], theta: jax.Array) -> Derivatives:
     """f, ∇f, ∇²f by automatic differentiation, f and ∇f evaluated once."""
@@ -71,7 +80,7 @@ def has_closed_form(layout: Layout) -> bool:
 
 
 def is_approximate(layout: Layout) -> bool:
-    """Whether :func:`for_optimiser` replaces the Hessian by the average information."""
+    """Whether :func:`for_optimiser` replaces most of the Hessian by the average information."""
     return has_closed_form(layout) and layout.d >= LARGE_CORE
 
 
@@ -96,6 +105,7 @@ def for_optimiser(
 ) -> Derivatives:
     """Value, exact gradient and a curvature: the Hessian, or the average information (large core).
 
+    Rows and columns of factors of at most ``FEW_COLUMNS`` columns are the Hessian's in any case.
     Where Λ's derivative vanishes (a variance of 0) the two curvatures agree.
     """
     if is_approximate(layout):
@@ -263,15 +273,26 @@ class Pieces(NamedTuple):
     P: Any  # DenseP or SparseP
     T: jax.Array  # rows of T of the chain, (S, p + 1, J)
     T_core: jax.Array  # rows of T of the core, (d, p + 1)
+    X: jax.Array  # columns F of Ã, rows of the chain, (S, m, J)
+    X_core: jax.Array  # rows of the core, (d, m)
     K: jax.Array  # (d, d)
-    half: jax.Array  # M Λ_c', (d, d)
     Q: jax.Array  # Λ_c M Λ_c', (d, d)
     v: jax.Array  # (-β̂, 1)
     S_inv: jax.Array  # S_x⁻¹ (p, p)
 
 
-def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) -> Pieces:
-    """From the factorisation: with W = U⁻'Λ'(·), Z₁'V₁⁻¹B = B - W_A'W_B, no inverse formed."""
+def _pieces(
+    layout: Layout,
+    theta: jax.Array,
+    gram: Gram,
+    rhs: Rhs,
+    units: Any,
+    F: Sequence[int] | np.ndarray = (),
+) -> Pieces:
+    """From the factorisation: with W = U⁻'Λ'(·), Z₁'V₁⁻¹B = B - W_A'W_B, no inverse formed.
+
+    ``F`` are the columns of the core's Z for which Ã is wanted.
+    """
     red, d = lk.reduce(layout, theta, gram, rhs, units), layout.d
     if d == 0:
         return _plain_pieces(layout, red, gram, rhs)
@@ -291,16 +312,23 @@ def _pieces(layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any) 
     else:
         eye = jnp.eye(a.shape[0], dtype=theta.dtype)[..., None]
         P = SparseP(eye - lk.per_level(W_A, f.root), gram.cross, d)
-    K = jnp.concatenate([f.schur[:d], red.row.schur[:d, None]], axis=1)
-    transposed = [lam.T for lam in f.lams[1:]]
-    half = lk.scale_core(layout, transposed, lk.inverse_from_cholesky(f.core[:d, :d]))
-    Q = lk.scale_core(layout, transposed, half.T)
-    QK = Q @ K[:, d:]
-    T, T_core = fixed - P.apply(QK), K[:, d:] - K[:, :d] @ QK
+    Q = lk.conjugate_core(
+        layout, [lam.T for lam in f.lams[1:]], lk.inverse_from_cholesky(f.core[:d, :d])
+    )
+    F, p1 = np.asarray(F, int), layout.p + 1
+    K = f.schur[:d, :d]
+    K_y = jnp.concatenate([f.schur[:d, d:], red.row.schur[:d, None], K[:, F]], axis=1)
+    QK = Q @ K_y
+    core = K_y - K @ QK
+    # Ã_iF = P_i(I - QK)_F
+    chain = -P.apply(QK.at[F, p1 + np.arange(len(F))].add(-1.0))
+    T, X = fixed + chain[:, :p1], chain[:, p1:]
+    T_core, X_core = core[:, :p1], core[:, p1:]
     v = jnp.append(-lk.fixef(red), 1.0).astype(theta.dtype)
     lams = list(f.lams)
     a, every_a, T = jax.lax.optimization_barrier((a, every_a, T))
-    return Pieces(red, lams, a, every_a, P, T, T_core, K[:, :d], half, Q, v, lk.unscaled_vcov(red))
+    S_inv = lk.unscaled_vcov(red)
+    return Pieces(red, lams, a, every_a, P, T, T_core, X, X_core, K, Q, v, S_inv)
 
 
 def _plain_pieces(layout: Layout, red: lk.Reduction, gram: Gram, rhs: Rhs) -> Pieces:
@@ -308,10 +336,13 @@ def _plain_pieces(layout: Layout, red: lk.Reduction, gram: Gram, rhs: Rhs) -> Pi
     lams = list(red.factorised.lams)
     B = jnp.concatenate([gram.border[0], rhs.border[0][:, None]], axis=1)
     a, every_a, T = _plain_levels(lams[0], gram.own[0], B, gram.times)
-    dtype, m = T.dtype, T.shape[1]
-    none, P = jnp.zeros((0, 0), dtype), DenseP(jnp.zeros((T.shape[0], 0, T.shape[-1]), dtype))
-    v, T_core = jnp.append(-lk.fixef(red), 1.0).astype(dtype), jnp.zeros((0, m), dtype)
-    return Pieces(red, lams, a, every_a, P, T, T_core, none, none, none, v, lk.unscaled_vcov(red))
+    (S, m, J), dtype = T.shape, T.dtype
+    of_levels, of_core = jnp.zeros((S, 0, J), dtype), jnp.zeros((0, 0), dtype)
+    P, T_core = DenseP(of_levels), jnp.zeros((0, m), dtype)
+    v, S_inv = jnp.append(-lk.fixef(red), 1.0).astype(dtype), lk.unscaled_vcov(red)
+    return Pieces(
+        red, lams, a, every_a, P, T, T_core, of_levels, of_core, of_core, of_core, v, S_inv
+    )
 
 
 def _plain_levels(
@@ -533,7 +564,8 @@ def closed_form(
 
     ``order=1`` leaves the curvature at zero; ``exact=False`` gives the average information.
     """
-    k, E = _pieces(layout, theta, gram, rhs, units), _sigma_derivatives(layout, theta, units)
+    few, F = ((), ()) if exact else _few(layout)
+    k, E = _pieces(layout, theta, gram, rhs, units, F), _sigma_derivatives(layout, theta, units)
     p, reml = k.red.p, method == "REML"
     ratio = 1.0 / lk.profiled_sigma2(k.red, method)  # ν / r²
     C = ratio * jnp.outer(k.v, k.v)
@@ -551,17 +583,57 @@ def closed_form(
 
     hessian = jax.hessian(linear_in_sigma)(theta)
     if exact:
-        hessian = hessian + _curvature(layout, k, E, C, ratio, reml, sums)
+        traces = _traces(layout, k, E, C, sums.four)
+        curvature = _curvature(layout, k, E, traces, ratio, reml, sums)
     else:
-        hessian = hessian + _average(layout, k, E, ratio)
+        curvature = _average(layout, k, E, ratio)
+    if len(few):
+        rows = np.isin(np.arange(len(theta)), few)
+        traces = _few_traces(layout, k, E, C, rows)
+        known = _curvature(layout, k, E, traces, ratio, reml, sums)
+        curvature = jnp.where(rows | rows[:, None], known, curvature)
+    hessian = hessian + curvature
     return value, gradient, 0.5 * (hessian + hessian.T)
+
+
+def _few(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters, and columns of the core's Z, of the core's small factors."""
+    of, columns = [np.zeros(0, int)], [np.zeros(0, int)]
+    for (at, J, S), (terms, _, _) in zip(_core_blocks(layout), layout.core, strict=True):
+        if J * S <= FEW_COLUMNS:
+            of.append(_parameters(layout, terms))
+            columns.append(np.arange(at.start, at.stop))
+    return np.concatenate(of), np.concatenate(columns)
+
+
+def _few_traces(
+    layout: Layout, k: Pieces, E: list[jax.Array], C: jax.Array, rows: np.ndarray
+) -> jax.Array:
+    """The entries of :func:`_traces` in ``rows``, a mask of θ, or such columns; 0 elsewhere."""
+    applied = _apply_core(layout, E[1:], k.X_core)
+    U = _contract("kab,ambn->kmn", E[0], _outer(k.X, k.X))
+    U = U + jnp.einsum("dm,kdn->kmn", k.X_core, applied)
+    V = _contract("kab,ambn->kmn", E[0], _outer(k.T, k.X))
+    V = jnp.einsum("im,kmn->kin", C, V + jnp.einsum("dm,kdn->kmn", k.T_core, applied))
+    out, start = jnp.zeros((len(rows), len(rows)), C.dtype), 0
+    for (at, J, S), e in zip(_core_blocks(layout), E[1:], strict=True):
+        if J * S > FEW_COLUMNS:
+            continue
+        mine = slice(start, start + J * S)
+        u = U[:, mine, mine].reshape(-1, J, S, J, S)
+        v = V[:, :, mine].reshape(len(rows), -1, J, S)
+        t = k.T_core[at].reshape(J, S, -1)
+        both = 2 * jnp.einsum("kija,jbi->kab", v, t) - jnp.einsum("kjaJb,jJ->kab", u, np.eye(J))
+        out = out + jnp.einsum("kab,lab->kl", both, e)
+        start += J * S
+    return jnp.where(rows, out, out.T)
 
 
 def _curvature(
     layout: Layout,
     k: Pieces,
     E: list[jax.Array],
-    C: jax.Array,
+    traces: jax.Array,
     ratio: jax.Array,
     reml: bool,
     sums: LevelSums,
@@ -571,7 +643,7 @@ def _curvature(
     S_v = _contract("kmn,n->km", S_dot, k.v)
     along = _contract("km,m->k", S_v, k.v)
     shared = _contract("ki,ij,lj->kl", S_v[:, :p], k.S_inv, S_v[:, :p])
-    hessian = _traces(layout, k, E, C, sums.four) - 2 * ratio * shared
+    hessian = traces - 2 * ratio * shared
     hessian = hessian - ratio / k.red.r2 * jnp.outer(along, along)
     if reml:
         MS = _contract("ij,kjm->kim", k.S_inv, S_dot[:, :p, :p])
@@ -586,11 +658,11 @@ def _average(layout: Layout, k: Pieces, E: list[jax.Array], ratio: jax.Array) ->
     w = jnp.einsum("kab,bj->akj", E[0], t)
     t_core = k.T_core @ k.v
     w_core = _apply_core(layout, E[1:], t_core[:, None])[..., 0].T  # (d, n_theta)
-    Kw = k.K @ w_core
-    u = k.P.transposed(w)
-    Aw = lk.matvec(k.a, w) + k.P.apply(w_core - k.Q @ (Kw + u))
-    Aw_core = Kw - k.K @ (k.Q @ Kw) + u - k.K @ (k.Q @ u)
-    q = jnp.einsum("akj,alj->kl", w, Aw) + w_core.T @ Aw_core
+    # w'Ãw = w₁'aw₁ + 2 u'w_c + w_c'Kw_c - (u + Kw_c)'Q(u + Kw_c),  u = Σ_i P_i'w_i
+    u, Kw = k.P.transposed(w), k.K @ w_core
+    both = u + Kw
+    q = jnp.einsum("akj,alj->kl", w, lk.matvec(k.a, w)) + u.T @ w_core + w_core.T @ both
+    q = q - both.T @ (k.Q @ both)
     S_v = jnp.einsum("amj,akj->km", k.T, w) + w_core.T @ k.T_core
     along = S_v @ k.v
     q = q - S_v[:, :p] @ k.S_inv @ S_v[:, :p].T
@@ -619,26 +691,37 @@ def _gamma(
 def _core_gamma(layout: Layout, k: Pieces) -> list[jax.Array]:
     """Sums of the diagonal blocks of Ã_cc = K - KQK per factor.
 
-    From Ã_cc Λ = K Λ M by elementwise products where Λ can be inverted, which spares a product of
-    (d, d) matrices.
+    From Ã_cc Σ_c = K Q by elementwise products where Λ is far from singular, which spares a product
+    of (d, d) matrices.
     """
     lams = k.lams[1:]
 
     def directly() -> list[jax.Array]:
         return _core_sums(layout, k.K - k.K @ k.Q @ k.K)
 
+    def sums() -> list[jax.Array]:
+        if all(S == 1 for _, _, S in _core_blocks(layout)):  # without copies of parts of K and Q
+            each = jnp.sum(k.K * k.Q, axis=1)
+            return [jnp.sum(each[at])[None, None] for at, _, _ in _core_blocks(layout)]
+        blocks = []
+        for at, J, S in _core_blocks(layout):
+            x, y = k.K[at].reshape(J, S, -1), k.Q[at].reshape(J, S, -1)
+            rows = [[jnp.sum(x[:, a] * y[:, b]) for b in range(S)] for a in range(S)]
+            blocks.append(jnp.array(rows))
+        return blocks
+
     def one_sided() -> list[jax.Array]:
         out = []
-        for (at, J, S), lam in zip(_core_blocks(layout), lams, strict=True):
-            x, y = k.K[at].reshape(J, S, -1), k.half[at].reshape(J, S, -1)
-            rows = [[jnp.sum(x[:, a] * y[:, b]) for b in range(S)] for a in range(S)]
-            out.append(jnp.linalg.solve(lam.T, jnp.array(rows).T).T)
+        for block, lam in zip(sums(), lams, strict=True):
+            half = jnp.linalg.solve(lam, block.T)
+            out.append(jnp.linalg.solve(lam.T, half).T)
         return out
 
     if layout.d < LARGE_CORE:
         return directly()
-    smallest = [jnp.min(jnp.abs(jnp.diagonal(jnp.linalg.qr(lam)[1]))) for lam in lams]
-    return jax.lax.cond(jnp.min(jnp.stack(smallest)) > 1e-3, one_sided, directly)
+    pivots = [jnp.abs(jnp.diagonal(jnp.linalg.qr(lam)[1])) for lam in lams]
+    regular = [(jnp.min(x) > 1e-3) & (jnp.min(x) > 0.03 * jnp.max(x)) for x in pivots]
+    return jax.lax.cond(jnp.all(jnp.stack(regular)), one_sided, directly)
 
 
 def vcov_and_derivative(

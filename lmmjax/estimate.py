@@ -53,7 +53,7 @@ def _optimum(
     if layout.n_theta == 0:
         return optimize.linear(f, theta0)
     if optimizer == "newton":
-        return optimize.newton(vgh, theta0)
+        return optimize.newton(vgh, theta0, approximate=derivatives.is_approximate(layout))
     transform = optimize.named_transform(optimizer) if isinstance(optimizer, str) else optimizer
     return optimize.descend(f, vgh, theta0, transform)
 
@@ -97,10 +97,12 @@ def slopes(
     return derivatives.for_optimiser(layout, method, s.at, gram, rhs)
 
 
-@jax.jit
-def advance(s: optimize.State, *found: jax.Array) -> tuple[optimize.State, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def advance(
+    approximate: bool, s: optimize.State, found: derivatives.Derivatives
+) -> tuple[optimize.State, jax.Array]:
     """The state after :func:`slopes`, and whether to go on."""
-    s = optimize.advance(s, *found)
+    s = optimize.advance(s, *found, approximate=approximate)
     return s, s.going()
 
 
@@ -119,7 +121,7 @@ def solve_large(layout: Layout, method: str, gram: Gram, rhs: Rhs, theta0: Any) 
     key, s, going = (layout, method, gram.core.dtype), begin(theta0), True
     while going:
         found = compiled_first(slopes, key, layout, method, gram, rhs, s)
-        s, going = compiled_first(advance, key, s, *found)
+        s, going = compiled_first(advance, key, derivatives.is_approximate(layout), s, found)
     return compiled_first(finish, key, layout, method, gram, rhs, s)
 
 

@@ -27,6 +27,9 @@ Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 #: a relative SD below this, in standardised units, is on the boundary (lme4's isSingular)
 SINGULAR_TOLERANCE = 1e-4
 
+#: with an approximate Hessian, the largest promise of a step that may be the last
+LAST_PROMISE = 1e-6
+
 CONVERGED, MAX_ITERATIONS, NOT_FINITE, FLAT_STOP = 0, 1, 2, 3
 
 STATUS = {
@@ -146,13 +149,20 @@ class State(NamedTuple):
         return ~self.close & ~self.lost & (self.n < max_iter)
 
 
-def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> Optimum:
+def newton(
+    derivatives: Derivatives,
+    theta0: jax.Array,
+    max_iter: int = 200,
+    approximate: bool = False,
+) -> Optimum:
     """Trust-region Newton with exact derivatives; jit and vmap as you like.
 
     Stops when the predicted decrease is below the rounding error of the criterion, and takes that
     last step too: convergence is quadratic, so θ is then exact to about its own standard error
     times that decrease. An approximate Hessian, such as the average information, serves as well:
-    convergence is then linear, at a rate that falls with the sample.
+    convergence is then linear, at a rate that falls with the sample, and says itself how fast: the
+    share of the last promise that is left after a step. Where that share of a promise below
+    ``LAST_PROMISE`` is an ulp of the criterion, the step is the last.
 
     Parameters
     ----------
@@ -160,6 +170,10 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
         θ -> criterion, gradient, Hessian.
     theta0 : array, shape (n_theta,)
         Start; never a point with a parameter at 0.
+    max_iter : int
+        Most evaluations.
+    approximate : bool
+        Whether the Hessian is an approximation, of which nobody needs the value at the optimum.
 
     Returns
     -------
@@ -167,7 +181,7 @@ def newton(derivatives: Derivatives, theta0: jax.Array, max_iter: int = 200) -> 
     """
     end = jax.lax.while_loop(
         lambda s: s.going(max_iter),
-        lambda s: advance(s, *derivatives(s.at)),
+        lambda s: advance(s, *derivatives(s.at), approximate=approximate),
         begin(theta0),
     )
     return stop(end)
@@ -190,7 +204,13 @@ def begin(theta0: jax.Array) -> State:
     )
 
 
-def advance(s: State, value: jax.Array, gradient: jax.Array, hessian: jax.Array) -> State:
+def advance(
+    s: State,
+    value: jax.Array,
+    gradient: jax.Array,
+    hessian: jax.Array,
+    approximate: bool = False,
+) -> State:
     """The state after an evaluation at ``s.at``."""
     at, eps = s.at, jnp.finfo(value.dtype).eps
     finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(hessian)) & jnp.all(jnp.isfinite(gradient))
@@ -206,7 +226,11 @@ def advance(s: State, value: jax.Array, gradient: jax.Array, hessian: jax.Array)
     theta, value = keep(at, s.theta), keep(value, s.value)
     gradient, hessian = keep(gradient, s.gradient), keep(hessian, s.hessian)
     step = _step(gradient, hessian, radius)
-    close = step.predicted <= 100 * eps * (1.0 + jnp.abs(value))
+    rounding = eps * (1.0 + jnp.abs(value))
+    close = step.predicted <= 100 * rounding
+    if approximate:
+        left = step.predicted * (step.predicted / s.next.predicted)
+        close = close | (~first & ok & (step.predicted <= LAST_PROMISE) & (left <= rounding))
     lost = (~ok & first) | (~close & (radius < 1e-3 * eps))
     return State(theta, value, gradient, hessian, step, radius, s.n + 1, close, lost)
 

@@ -195,10 +195,11 @@ def _keep(R: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     keep = np.zeros(R.shape[1], bool)
     basis = np.zeros((R.shape[0], 0))
     for j in np.flatnonzero(candidates):
-        length = np.linalg.norm(R[:, j])
-        if length == 0.0:
+        largest = np.max(np.abs(R[:, j]), initial=0.0)
+        if largest == 0.0:
             continue
-        rest = R[:, j] / length
+        rest = R[:, j] / largest  # no overflow in its length
+        rest = rest / np.linalg.norm(rest)
         for _ in range(2):  # twice is enough (Kahan)
             rest = rest - basis @ (basis.T @ rest)
         left = np.linalg.norm(rest)
