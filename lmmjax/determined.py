@@ -72,3 +72,24 @@ def delta_variance(slopes: np.ndarray, hessian: np.ndarray) -> np.ndarray:
     variance = np.sum(along[:, ~flat] ** 2 / e[~flat], axis=1)
     part, size = (np.sqrt(np.sum(a**2, axis=1)) for a in (along[:, flat], along))
     return np.where((part > PART * size) & (part > 0), np.inf, variance)
+
+
+def inverse(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse along the directions that are not flat, and how far each parameter lies in them.
+
+    Returns
+    -------
+    (K, K) array
+        0 along :func:`flat_directions`.
+    (K,) array
+        1 for a parameter that is determined, 0 for one that is flat.
+
+    Examples
+    --------
+    >>> inverse(np.diag([2.0, 0.0]))[1].tolist()
+    [1.0, 0.0]
+    """
+    d, e, Q = _unit(hessian)
+    kept = np.abs(e) > FLAT
+    half = d[:, None] * Q[:, kept]
+    return (half / e[kept]) @ half.T, np.sum(Q[:, kept] ** 2, axis=1)

@@ -605,3 +605,42 @@ def test_profiles_lower_for_cuda() -> None:
             profiler.layout, *arguments
         )
     assert "cuda" in exported.platforms
+
+
+# -- conditional AIC ------------------------------------------------------------------------------
+
+
+def test_conditional_df_with_residual_parameters_are_those_of_refits() -> None:
+    d, residual = visits(), "ar1(visit | id) * varident(arm)"
+    fit = lmm.Model("y ~ x + (1 | school)", d, residual=residual).fit()
+    n, h = fit.n_obs, 1e-3 * fit.sigma
+    y = d["y"].to_numpy()[:, None]
+    both = np.concatenate([y + h * np.eye(n), y - h * np.eye(n)], axis=1)
+    refits = lmm.fit_many("~ x + (1 | school)", d, responses=both, residual=residual)
+    fitted = np.column_stack([refits[i].fitted() for i in range(2 * n)])
+    trace = np.sum(np.diag(fitted[:, :n] - fitted[:, n:])) / (2 * h)
+    got = fit.caic()
+    assert got["df"] == pytest.approx(1 + len(fit.phi) + trace, abs=2e-6)
+    e = (d["y"] - fit.fitted()).to_numpy()
+    R = fit.sigma**2 * block(fit.model.design.residual, fit.phi, np.ones(n), np.arange(n))
+    given = stats.multivariate_normal(np.zeros(n), R).logpdf(e)
+    assert got["loglik"] == pytest.approx(given, abs=1e-8)
+
+
+def test_conditional_aic_of_a_marginal_model_is_its_aic() -> None:
+    # the trace is p exactly: what φ̂ moves of Xβ̂ is orthogonal to the residuals
+    fit = lmm.Model("y ~ x + arm", visits(), residual="un(visit | id)").fit(method="ML")
+    got = fit.caic()
+    assert got["df"] == pytest.approx(fit.n_params, abs=1e-8)
+    assert got["caic"] == pytest.approx(fit.aic, abs=1e-7)
+
+
+def test_residual_parameters_at_the_end_of_their_range_do_not_count() -> None:
+    d = visits().sort_values(["id", "u"])
+    rng, at = np.random.default_rng(3), d["u"].to_numpy()
+    same = d["id"].to_numpy()[:, None] == d["id"].to_numpy()
+    C = np.where(same, np.exp(-np.abs(at[:, None] - at) / 2), 0.0)
+    d["y"] = np.linalg.cholesky(C) @ rng.normal(size=len(d))
+    fit = lmm.Model("y ~ x", d, residual="spexp(u | id, nugget=True)").fit(method="ML")
+    assert fit.residual_params()["nugget"] < 1e-6
+    assert fit.caic()["df"] == pytest.approx(2 + 1 + 1, abs=1e-4)
