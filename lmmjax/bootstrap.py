@@ -346,7 +346,7 @@ def bootstrap(fit: Fit, n: int = 1000, seed: int = 0) -> Bootstrap:
     check_seed(seed)
     made = _with_residual(fit) if fit.model.is_structured else _without_rows(fit)
     rng = np.random.default_rng(seed)
-    start = _start(fit)
+    start = start_of(fit)
     parts, rights = [], []
     chunk = int(np.clip(NUMBERS // made.drawn, 16, CHUNK))
     size = chunk if n > chunk else None
@@ -419,7 +419,7 @@ def _draw(
     return rowfree.simulate(layout, the_root, beta, lams, fit.sigma / units.scale, rng, m)
 
 
-def _start(fit: Fit) -> np.ndarray:
+def start_of(fit: Fit) -> np.ndarray:
     """The fit's (θ, φ) where they are well inside, the usual start otherwise."""
     lams = fit.model._factors(fit._theta_s)
     inside = all(np.min(np.abs(np.diag(np.linalg.qr(lam.T, mode="r")))) > 0.1 for lam in lams)
@@ -534,7 +534,7 @@ def _refit(fit: Fit, Y: np.ndarray, size: int) -> np.ndarray:
     if fit.model.is_structured:
         responses, layout = _structured_responses(fit), fit.model._plan.layout
         parts = responses.on_units(Y)
-        done = batch.fit_items(layout, fit.method, responses.source, parts, _start(fit), size=size)
+        done = batch.fit_items(layout, fit.method, responses.source, parts, start_of(fit), size=size)
         value = done.items.value + fit.model._units.constant(fit.method)
         return np.where(done.status <= batch.SINGULAR, value, np.nan)
     plan, units, gram, _ = batch.standard(fit.model)
