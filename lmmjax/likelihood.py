@@ -77,8 +77,8 @@ class Reduction(NamedTuple):
     L_X: jax.Array  # (p, p)
     l_y: jax.Array  # (p,)
     r2: jax.Array  # ()
-    factorised: Factorised
-    row: Row
+    factorised: Any  # Factorised, or None where only the heads are wanted (derivatives.reduce)
+    row: Any  # Row, or None
 
     @property
     def p(self) -> int:
