@@ -560,7 +560,9 @@ def _refit(fit: Fit, Y: np.ndarray, size: int) -> np.ndarray:
     if fit.model.is_structured:
         responses, layout = _structured_responses(fit), fit.model._plan.layout
         parts = responses.on_units(Y)
-        done = batch.fit_items(layout, fit.method, responses.source, parts, start_of(fit), size=size)
+        done = batch.fit_items(
+            layout, fit.method, responses.source, parts, start_of(fit), size=size
+        )
         value = done.items.value + fit.model._units.constant(fit.method)
         return np.where(done.status <= batch.SINGULAR, value, np.nan)
     plan, units, gram, _ = batch.standard(fit.model)

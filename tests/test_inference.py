@@ -399,6 +399,14 @@ def test_dependent_rows_count_once_and_must_agree() -> None:
         fit.test(np.eye(2))
 
 
+@pytest.mark.parametrize("spelling", ["KR", "kr", "kenward_roger", "Kenward-Roger"])
+def test_other_spellings_of_a_df_method_are_told_the_right_one(spelling: str) -> None:
+    with pytest.raises(LmmError, match="Write df='kenward-roger'"):
+        case_fit("machines_factor_slope_reml").coef_table(df=spelling)
+    with pytest.raises(LmmError, match=r"'wald'\.$"):
+        case_fit("machines_factor_slope_reml").coef_table(df="bayes")
+
+
 def test_wald_and_residual_limits() -> None:
     fit = case_fit("machines_factor_slope_reml")
     L = np.eye(3)[1:]

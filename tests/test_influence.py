@@ -19,7 +19,7 @@ from reference_cases import REFERENCE
 
 import lmmjax as lmm
 from lmmjax import likelihood as lk
-from lmmjax.errors import DataError, LmmError
+from lmmjax.errors import DataError
 from lmmjax.inference import deletion
 from lmmjax.precision import float64
 from lmmjax.residual.covariance import block

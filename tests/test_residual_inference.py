@@ -649,8 +649,8 @@ def test_residual_parameters_at_the_end_of_their_range_do_not_count() -> None:
 # -- likelihood ratios beside residual structures -------------------------------------------------
 
 
-def _projected(fit: lmm.Fit) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """P, σ²R and the derivatives of σ²R in (σ², φ) of a fit without random effects, dense."""
+def _projected(fit: lmm.Fit) -> tuple[np.ndarray, list[np.ndarray]]:
+    """P and the derivatives of σ²R in (σ², φ) of a fit without random effects, dense."""
     r, n, h = fit.model.design.residual, fit.n_obs, 1e-5
 
     def R(phi: np.ndarray) -> np.ndarray:
@@ -661,7 +661,7 @@ def _projected(fit: lmm.Fit) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     V, X = R(fit.phi), fit.model.design.X
     inverse = np.linalg.inv(V)
     half = inverse @ X
-    return inverse - half @ np.linalg.solve(X.T @ half, half.T), V, [V, *slopes]
+    return inverse - half @ np.linalg.solve(X.T @ half, half.T), [V, *slopes]
 
 
 @pytest.mark.filterwarnings("ignore::lmmjax.SingularFitWarning")
@@ -670,7 +670,7 @@ def test_the_cone_has_the_information_of_residual_parameters() -> None:
     small = lmm.Model("y ~ x", d, residual=residual).fit()
     big = lmm.Model("y ~ x + (x || school)", d, residual=residual).fit()
     terms = big.model.design.terms
-    P, V, slopes = _projected(small)
+    P, slopes = _projected(small)
     G = [(t.codes[:, None] == t.codes) * np.outer(t.z[:, 0], t.z[:, 0]) for t in terms]
     G += slopes
     information = np.array([[0.5 * np.sum((P @ a) * (P @ b).T) for b in G] for a in G])
@@ -693,7 +693,8 @@ def test_the_cone_has_the_information_of_residual_parameters() -> None:
 def test_a_nugget_under_test_is_a_half_line() -> None:
     d = visits()
     small, big = (
-        lmm.Model("y ~ x", d, residual=f"spexp(u | id{more})").fit() for more in ("", ", nugget=True")
+        lmm.Model("y ~ x", d, residual=f"spexp(u | id{more})").fit()
+        for more in ("", ", nugget=True")
     )
     plain, half = (lmm.lrt(small, big, method=m) for m in ("chi2", "mixture"))
     assert "the nugget at an end" in plain.note

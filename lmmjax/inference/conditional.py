@@ -22,8 +22,8 @@ log-likelihood for a new y of the same b is, by Stein's identity and averaged ov
 
     tr(Ω A ∂ŷ/∂y) + E Σ_k (∂ψ̂_k/∂y)'Ω_k A [½ ε - (ŷ - Xβ - Zb)].
 
-For known R it is the trace alone, exactly. To first order ∂ψ̂_k/∂y = Σ_l (I⁻¹)_kl P V_l P y, over all
-variance parameters l with V_l = ∂V/∂ψ_l and I_kl = ½ tr(PV_kPV_l): the part with ½ ε is
+For known R it is the trace alone, exactly. To first order ∂ψ̂_k/∂y = Σ_l (I⁻¹)_kl P V_l P y, over
+all variance parameters l with V_l = ∂V/∂ψ_l and I_kl = ½ tr(PV_kPV_l): the part with ½ ε is
 Σ_k Σ_l (I⁻¹)_kl I_lk = m, the other vanishes. So σ² counts 1, which is Greven and Kneib's 1, and
 every parameter of R that the data determine counts 1 too. Without random effects Xβ̂ is the mean,
 the conditional likelihood is the marginal one, and df tends to the number of parameters.
@@ -93,7 +93,8 @@ def conditional(layout: Layout, free: jax.Array, source: Any) -> Conditional:
 
     def square(s: jax.Array, t: jax.Array) -> jax.Array:
         moved = tuple(x + slope @ s for x, slope in zip(b, b_slope, strict=True))
-        return lk.residual_square(layout, *source.gram(t[k:]), beta + beta_slope @ s, moved)
+        gram, rhs = source.gram(t[k:])
+        return lk.residual_square(layout, gram, rhs, beta + beta_slope @ s, moved)
 
     def logdets(s: jax.Array) -> jax.Array:
         lams = [lam * jnp.exp(s) for lam in lk.factors(layout, free[:k])]

@@ -245,8 +245,9 @@ def residual_ends(pair: Pair) -> list[End]:
         return []
     ends = []
     if small is None and (big.family == "car1" or big.family.startswith("sp")):
-        multiples = _multiples(pair.big.model.design.residual)
-        uneven = "" if multiples else "distances that are not multiples of the smallest"
+        r = pair.big.model.design.residual
+        assert r is not None
+        uneven = "" if _multiples(r) else "distances that are not multiples of the smallest"
         ends.append(End(big.name, uneven))
     if big.nugget and not (small is not None and small.nugget):
         ends.append(End("the nugget", ""))
