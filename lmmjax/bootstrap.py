@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax import batch, collapse, components, estimate, rowfree
+from lmmjax import batch, boundary, collapse, components, estimate, rowfree
 from lmmjax import likelihood as lk
+from lmmjax.determined import delta_variance
 from lmmjax.errors import DataError, LmmError
 from lmmjax.gram import Layout, Rhs, standardise
 from lmmjax.precision import in_float64
@@ -214,17 +215,14 @@ class Bootstrap:
         value, slope, direct = jax.device_get(
             _transformed(layout, self.fit.method, structure, gram, rhs, theta)
         )
-        value = np.array(value)
-        nu = self.fit.n_obs - (len(self.fit.beta) if self.fit.method == "REML" else 0)
-        singular = np.append([self.fit.singular], self.status != batch.OK)
         failed = np.append([False], self.status > batch.SINGULAR)
-        spread = 2.0 * np.linalg.pinv(_regular(hessian, layout, singular, failed), hermitian=True)
-        variance = np.einsum("mki,mij,mkj->mk", slope, spread, slope) + direct**2 * 2.0 / nu
+        theta = np.where(failed[:, None], theta[0], theta)
+        hessian = np.where(failed[:, None, None], hessian[0], hessian)
+        value, se = on_active_face(self.fit, value, slope, direct, theta, hessian)
+        se[failed] = np.nan
+        se[1:][np.isinf(se[1:])] = np.nan  # not determined by that replicate: it has no pivot
         r = len(self.fit.phi)
         K = value.shape[1] - r
-        hidden = failed[:, None] | (singular[:, None] & (np.arange(K + r) < K - 1))
-        with np.errstate(invalid="ignore"):
-            se = np.where(hidden, np.nan, np.sqrt(variance))
         names = self.replicates.columns[-(K + r) :][:K]
         value[:, :K] += scale * np.array([not c.startswith("cor_") for c in names])
         value[:, K:], se[:, K:] = unbounded(self.fit, value[:, K:], se[:, K:])
@@ -246,17 +244,6 @@ class Bootstrap:
         return preformatted(repr(self))
 
 
-def _regular(
-    hessian: np.ndarray, layout: Layout, singular: np.ndarray, failed: np.ndarray
-) -> np.ndarray:
-    """The Hessians with the identity for θ on a boundary, and for all where a fit failed."""
-    k = layout.n_theta
-    out = np.where(failed[:, None, None], np.eye(hessian.shape[-1]), hessian)
-    out[singular, :k] = out[singular, :, :k] = 0.0
-    out[np.ix_(singular, np.arange(k), np.arange(k))] = np.eye(k)
-    return out
-
-
 def _quantiles(values: np.ndarray, tails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quantiles at (R + 1)α of the numbers in each column; NaN where there are none."""
     out = np.full((2, values.shape[1]), np.nan)
@@ -276,6 +263,45 @@ def _back(names: list[str]) -> Any:
 # -------------------------------------------------------------------------------------------------
 # Standard errors of components, for studentised intervals
 # -------------------------------------------------------------------------------------------------
+
+
+def on_active_face(
+    fit: Fit,
+    value: np.ndarray,
+    slope: np.ndarray,
+    direct: np.ndarray,
+    theta: np.ndarray,
+    hessian: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Components and their standard errors in m fits of a model, NaN for those on a boundary.
+
+    Parameters
+    ----------
+    value, slope, direct : (m, K), (m, K, k), (m, K)
+        Of :func:`_transformed`.
+    theta, hessian : (m, k), (m, k, k)
+
+    Notes
+    -----
+    A relative SD of 0 is a stationary point by symmetry: it drops out of all other slopes.
+    """
+    model, layout = fit.model, fit.model._plan.layout
+    own = np.ascontiguousarray(theta[:, : layout.n_theta])
+    lams = [np.stack(a) for a in zip(*(model._factors(t) for t in own), strict=True)]
+    lost = np.zeros(value.shape, bool)
+    if lams:
+        at = boundary.reached(model.design.terms, lams, model._units.B)
+        lost[:, : at.shape[1]] = at
+    value, direct = np.where(lost, np.nan, value), np.where(lost, 0.0, direct)
+    slope = np.where(lost[..., None], 0.0, slope)
+    still = np.zeros(theta.shape, bool)
+    still[:, : layout.n_theta] = ~boundary.moving(layout, own)
+    slope = np.where(still[:, None], 0.0, slope)
+    hessian = np.where(still[:, :, None] | still[:, None], 0.0, hessian)
+    nu = fit.n_obs - (len(fit.beta) if fit.method == "REML" else 0)
+    variance = 2.0 * delta_variance(slope, hessian) + direct**2 * 2.0 / nu
+    with np.errstate(invalid="ignore"):  # negative beside a Hessian that is no minimum's: NaN
+        return value, np.where(lost, np.nan, np.sqrt(variance))
 
 
 class _Structure(NamedTuple):
@@ -346,7 +372,7 @@ def bootstrap(fit: Fit, n: int = 1000, seed: int = 0) -> Bootstrap:
     check_seed(seed)
     made = _with_residual(fit) if fit.model.is_structured else _without_rows(fit)
     rng = np.random.default_rng(seed)
-    start = _start(fit)
+    start = start_of(fit)
     parts, rights = [], []
     chunk = int(np.clip(NUMBERS // made.drawn, 16, CHUNK))
     size = chunk if n > chunk else None
@@ -419,7 +445,7 @@ def _draw(
     return rowfree.simulate(layout, the_root, beta, lams, fit.sigma / units.scale, rng, m)
 
 
-def _start(fit: Fit) -> np.ndarray:
+def start_of(fit: Fit) -> np.ndarray:
     """The fit's (θ, φ) where they are well inside, the usual start otherwise."""
     lams = fit.model._factors(fit._theta_s)
     inside = all(np.min(np.abs(np.diag(np.linalg.qr(lam.T, mode="r")))) > 0.1 for lam in lams)
@@ -534,7 +560,9 @@ def _refit(fit: Fit, Y: np.ndarray, size: int) -> np.ndarray:
     if fit.model.is_structured:
         responses, layout = _structured_responses(fit), fit.model._plan.layout
         parts = responses.on_units(Y)
-        done = batch.fit_items(layout, fit.method, responses.source, parts, _start(fit), size=size)
+        done = batch.fit_items(
+            layout, fit.method, responses.source, parts, start_of(fit), size=size
+        )
         value = done.items.value + fit.model._units.constant(fit.method)
         return np.where(done.status <= batch.SINGULAR, value, np.nan)
     plan, units, gram, _ = batch.standard(fit.model)

@@ -191,6 +191,48 @@ def profiled(
     return lk.deviance(lk.reduce(layout, theta, gram, rhs, units), method)
 
 
+def _forms(
+    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any
+) -> jax.Array:
+    """log|V| and S = [X y]'V⁻¹[X y], as one vector."""
+    red = lk.reduce(layout, theta, gram, rhs, units)
+    xx, xy, yy = lk.quadratic(red)
+    S = jnp.block([[xx, xy[:, None]], [xy[None], yy[None, None]]])
+    return jnp.append(red.logdet_V, S.ravel())
+
+
+def _forms_slope(
+    layout: Layout, method: str, theta: jax.Array, gram: Gram, rhs: Rhs, units: Any
+) -> jax.Array:
+    """∂ log|V| = tr(E_k Ã), ∂S = -Ṡ_k."""
+    k, E = _pieces(layout, theta, gram, rhs, units), _sigma_derivatives(layout, theta, units)
+    nothing = jnp.zeros((k.red.p + 1,) * 2, theta.dtype)
+    trace = _pair(_gamma(layout, k, nothing), E)
+    return jnp.concatenate([trace[None], -_s_dot(layout, k, E).reshape(len(theta), -1).T])
+
+
+_forms_with_slope = _with_rule(_forms, _forms_slope)
+
+
+def reduce(
+    layout: Layout, theta: jax.Array, gram: Gram, rhs: Rhs, units: Sequence[Any] = ()
+) -> lk.Reduction:
+    """What the heads read of :func:`lmmjax.likelihood.reduce`, its first derivatives closed forms.
+
+    For large cores: a gradient of any criterion, at any σ, for little more than an evaluation.
+    Without the factor itself, so not for random effects.
+    """
+    if not has_closed_form(layout):
+        return lk.reduce(layout, theta, gram, rhs, units)
+    p = layout.p
+    both = _forms_with_slope(layout, "ML", theta, gram, rhs, tuple(units))
+    S = both[1:].reshape(p + 1, p + 1)
+    L = jnp.linalg.cholesky(S[:p, :p])
+    l_y = jax.scipy.linalg.solve_triangular(L, S[:p, p], lower=True)
+    n = jnp.asarray(gram.n, S.dtype)
+    return lk.Reduction(n, both[0], L, l_y, S[p, p] - l_y @ l_y, None, None)
+
+
 # -------------------------------------------------------------------------------------------------
 # P_i = Z₁'V₁⁻¹Z_c, dense or sparse
 # -------------------------------------------------------------------------------------------------

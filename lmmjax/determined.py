@@ -22,9 +22,9 @@ PART = 1e-3
 
 def _unit(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scales d, eigenvalues and eigenvectors of the Hessian with a unit diagonal."""
-    diagonal = np.abs(np.diag(hessian))
+    diagonal = np.abs(np.diagonal(hessian, axis1=-2, axis2=-1))
     d = 1.0 / np.sqrt(np.where(diagonal > NO_CURVATURE, diagonal, 1.0))
-    return d, *np.linalg.eigh(hessian * np.outer(d, d))
+    return d, *np.linalg.eigh(hessian * d[..., :, None] * d[..., None, :])
 
 
 def flat_directions(hessian: np.ndarray) -> np.ndarray:
@@ -49,13 +49,13 @@ def delta_variance(slopes: np.ndarray, hessian: np.ndarray) -> np.ndarray:
 
     Parameters
     ----------
-    slopes : (r, K)
-        J, the slopes of the quantities in the parameters.
-    hessian : (K, K)
+    slopes : (..., r, K)
+        J, the slopes of the quantities in the parameters; leading axes (fits) are carried along.
+    hessian : (..., K, K)
 
     Returns
     -------
-    (r,) array
+    (..., r) array
 
     Notes
     -----
@@ -68,7 +68,37 @@ def delta_variance(slopes: np.ndarray, hessian: np.ndarray) -> np.ndarray:
     [1.0, inf]
     """
     d, e, Q = _unit(hessian)
-    along, flat = (slopes * d) @ Q, np.abs(e) <= FLAT
-    variance = np.sum(along[:, ~flat] ** 2 / e[~flat], axis=1)
-    part, size = (np.sqrt(np.sum(a**2, axis=1)) for a in (along[:, flat], along))
+    along, flat = (slopes * d[..., None, :]) @ Q, np.abs(e) <= FLAT
+    weight = np.where(flat, 0.0, 1.0 / np.where(flat, 1.0, e))
+    variance = np.sum(along**2 * weight[..., None, :], axis=-1)
+    part = np.sqrt(np.sum(along**2 * flat[..., None, :], axis=-1))
+    size = np.sqrt(np.sum(along**2, axis=-1))
     return np.where((part > PART * size) & (part > 0), np.inf, variance)
+
+
+def inverse(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse along the directions of positive curvature, and how far each parameter lies in them.
+
+    Parameters
+    ----------
+    hessian : (..., K, K)
+        Leading axes (fits) are carried along.
+
+    Returns
+    -------
+    (..., K, K) array
+        0 along :func:`flat_directions`.
+    (..., K) array
+        1 for a parameter that is determined, 0 for one that is flat.
+
+    Examples
+    --------
+    >>> inverse(np.diag([2.0, 0.0]))[1].tolist()
+    [1.0, 0.0]
+    """
+    d, e, Q = _unit(hessian)
+    kept = e > FLAT
+    weight = np.where(kept, 1.0 / np.where(kept, e, 1.0), 0.0)
+    half = d[..., None] * Q
+    whole = (half * weight[..., None, :]) @ np.swapaxes(half, -1, -2)
+    return whole, np.sum(Q**2 * kept[..., None, :], axis=-1)

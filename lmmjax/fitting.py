@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmmjax import estimate
+from lmmjax.boundary import diagonal
 from lmmjax.design import check_identifiable
 from lmmjax.errors import ConvergenceWarning, DataError, LmmError, SingularFitWarning
 from lmmjax.fit import Fit
@@ -56,22 +57,12 @@ def _start(model: Model, start: Any) -> np.ndarray:
         )
     theta, phi = np.split(theta, [len(model.theta_names)])
     theta_s = model._theta_standard(theta)
-    if np.any(np.abs(theta_s[_diagonal(model)]) < SINGULAR_TOLERANCE):
+    if np.any(np.abs(theta_s[diagonal(model._plan.layout)]) < SINGULAR_TOLERANCE):
         raise DataError(
             "start has a variance of 0, where the gradient is 0 whatever the data; expected "
             "positive relative SDs. Use small positive values, 0.1 say."
         )
     return np.concatenate([theta_s, phi]).astype(model.dtype)
-
-
-def _diagonal(model: Model) -> np.ndarray:
-    """Positions in θ of the parameters that are 0 on the boundary of us, diag and hom terms."""
-    at, out = 0, []
-    for s in model._plan.layout.structures:
-        moved = np.abs(s.from_factor(2.0 * np.eye(s.S)) - s.start()) > 0
-        out.append(at + np.flatnonzero(moved))
-        at += s.n_theta
-    return np.concatenate([np.zeros(0, int), *out])
 
 
 @in_float64

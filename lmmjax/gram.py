@@ -78,8 +78,9 @@ def _constant_direction(X: np.ndarray) -> np.ndarray:
 
 
 def _rms(column: np.ndarray) -> float:
-    """Root mean square, 1 where the column vanishes; never squares large numbers."""
-    square = float(column @ column) / len(column)
+    """Root mean square, 1 where the column vanishes; right for any finite numbers."""
+    with np.errstate(over="ignore"):  # looked at below
+        square = float(column @ column) / len(column)
     if 1e-200 < square < 1e200:
         return float(np.sqrt(square))
     top = max(float(column.max()), -float(column.min()))

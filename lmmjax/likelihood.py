@@ -77,8 +77,8 @@ class Reduction(NamedTuple):
     L_X: jax.Array  # (p, p)
     l_y: jax.Array  # (p,)
     r2: jax.Array  # ()
-    factorised: Factorised
-    row: Row
+    factorised: Any  # Factorised, or None where only the heads are wanted (derivatives.reduce)
+    row: Any  # Row, or None
 
     @property
     def p(self) -> int:
@@ -656,6 +656,30 @@ def ranef(
             rhs = rhs - jnp.einsum("stj,tj->sj", W, u[i + 1 + k][:, parent])
         u[i] = _backward(f.U[i], rhs)
     return (*[f.lams[i] @ u[i] for i in range(c)], *core)
+
+
+def residual_square(
+    layout: Layout, gram: Gram, rhs: Rhs, beta: jax.Array, b: Sequence[jax.Array]
+) -> jax.Array:
+    """|y - Xβ - Zb|² in the metric R⁻¹, from cross-products alone.
+
+    Parameters
+    ----------
+    b : sequence of arrays
+        Per factor (S, J), chain first.
+    """
+    c, d = len(layout.chain), layout.d
+    known = jnp.concatenate([*[x.T.reshape(-1) for x in b[c:]], beta])
+    total = rhs.yy + known @ (gram.core @ known - 2 * rhs.core)
+    for i, mine in enumerate(b[:c]):
+        others = jnp.stack([known[-a.shape[0] :] @ a for a in gram.border[i]])
+        if gram.cross is not None:
+            others = others + cr.from_core(gram.cross, known[:d, None], mine.shape[-1])[:, 0]
+        for k, (a, parent) in enumerate(zip(gram.up[i], gram.parent[i], strict=True)):
+            others = others + jnp.einsum("stj,tj->sj", a, b[i + 1 + k][:, parent])
+        own = jnp.einsum("stj,tj->sj", gram.own[i], mine)
+        total = total + jnp.sum(mine * (own + 2 * (others - rhs.border[i])))
+    return total
 
 
 def inverse_from_cholesky(L: jax.Array, block: int = 200) -> jax.Array:

@@ -10,7 +10,7 @@ leaves
 
 A parameter on the boundary (a relative SD of 0) has ∂v = 0 by symmetry and so drops out: the df
 are those of the model on the active face. Directions that the criterion does not determine
-(eigenvalues near 0) are left out, as lmerTest does.
+(determined.py) are left out, as lmerTest does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
+from lmmjax.determined import inverse
 
 
 def degrees(L: np.ndarray, V: np.ndarray, dV: np.ndarray, hessian: np.ndarray, nu: Any) -> Any:
@@ -47,9 +49,6 @@ def degrees(L: np.ndarray, V: np.ndarray, dV: np.ndarray, hessian: np.ndarray, n
     slope = np.einsum("ri,...ijk,rj->...rk", L, dV, L) / v[..., None]
     if hessian.shape[-1] == 0:
         return np.broadcast_to(np.asarray(nu, float)[..., None], v.shape).copy()
-    e, Q = np.linalg.eigh(hessian)
-    known = e > 1e-8 * np.maximum(1.0, e.max(axis=-1, keepdims=True))
-    inverse = np.where(known, 1.0 / np.where(known, e, 1.0), 0.0)
-    along = slope @ Q
     nu = np.asarray(nu, float)[..., None]
-    return 1.0 / (1.0 / nu + np.sum(along**2 * inverse[..., None, :], axis=-1))
+    spread = np.einsum("...rk,...kl,...rl->...r", slope, inverse(hessian)[0], slope)
+    return 1.0 / (1.0 / nu + spread)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,25 @@ def test_studentised_intervals_of_a_linear_model() -> None:
     made = fit.bootstrap(400).confint(kind="studentized").loc["sigma"]
     exact = fit.sigma * np.sqrt(178 / stats.chi2.ppf([0.975, 0.025], 178))
     np.testing.assert_allclose(made[["low", "high"]].to_numpy(float), exact, rtol=0.03)
+
+
+def test_a_singular_fit_has_the_studentised_scales_of_its_active_face() -> None:
+    """One component at 0: the others keep their standard errors, those of the Wald intervals."""
+    data = lmm.load_dataset("sleepstudy")
+    z = np.random.default_rng(3).normal(size=180)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lmm.SingularFitWarning)
+        fit = lmm.Model("Reaction ~ Days + (z || Subject)", data.assign(z=z)).fit()
+    assert fit.singular
+    boot = fit.bootstrap(40, seed=2)
+    se = boot._scales[1]
+    assert np.isfinite(se[0]).tolist() == [True, False, True]
+    from lmmjax.inference.intervals import _unbounded
+
+    np.testing.assert_allclose(se[0], _unbounded(fit)[1], rtol=1e-9)
+    table = boot.confint(kind="studentized")
+    inner = table.loc[["sd_(Intercept)|Subject", "sigma"]]
+    assert np.all(inner["low"] < inner["estimate"]) and np.all(inner["estimate"] < inner["high"])
 
 
 def test_transformed_components_lower_for_cuda(fit: lmm.Fit) -> None:

@@ -8,12 +8,14 @@ import warnings
 
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from reference_cases import REFERENCE, case_contrasts, case_data, load_case, numbers
 from residual_cases import data, load, residual_text
 from scipy import stats
 
 import lmmjax as lmm
+from lmmjax.inference import profile as profiles
 from lmmjax.inference.profile import Profiler
 from lmmjax.precision import in_float64
 
@@ -104,6 +106,13 @@ def test_profile_at_the_estimates_is_the_optimum() -> None:
         value, _ = profiler.deviance(parameter, parameter.estimate, parameter.start())
         assert value == pytest.approx(one.deviance, abs=1e-7)
     assert jnp.zeros(1).dtype == jnp.float64
+
+
+def test_profiles_with_an_old_hessian_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = profile("dyestuff_reml")
+    monkeypatch.setattr(profiles, "LARGE", -1)
+    lagged = fit("dyestuff_reml").confint("profile")
+    pd.testing.assert_frame_equal(lagged, exact, rtol=1e-7)
 
 
 def test_linear_model_has_an_exact_profile() -> None:

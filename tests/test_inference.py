@@ -399,6 +399,14 @@ def test_dependent_rows_count_once_and_must_agree() -> None:
         fit.test(np.eye(2))
 
 
+@pytest.mark.parametrize("spelling", ["KR", "kr", "kenward_roger", "Kenward-Roger"])
+def test_other_spellings_of_a_df_method_are_told_the_right_one(spelling: str) -> None:
+    with pytest.raises(LmmError, match="Write df='kenward-roger'"):
+        case_fit("machines_factor_slope_reml").coef_table(df=spelling)
+    with pytest.raises(LmmError, match=r"'wald'\.$"):
+        case_fit("machines_factor_slope_reml").coef_table(df="bayes")
+
+
 def test_wald_and_residual_limits() -> None:
     fit = case_fit("machines_factor_slope_reml")
     L = np.eye(3)[1:]
@@ -432,8 +440,27 @@ FORMULA = "y ~ A * B + A:x + x + (1 | g)"
 
 @pytest.mark.parametrize("kind", [2, 3])
 def test_types_two_and_three_do_not_depend_on_the_coding(two_way: pd.DataFrame, kind: int) -> None:
-    a, b = (coded(c, two_way, FORMULA).anova(kind, df="wald") for c in ("treatment", "helmert"))
+    df = "wald" if kind == 2 else None  # type II is that of lmerTest in the coding in use
+    a, b = (coded(c, two_way, FORMULA).anova(kind, df=df) for c in ("treatment", "helmert"))
     pd.testing.assert_frame_equal(a, b, rtol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::lmmjax.EstimabilityWarning")
+def test_type_three_df_are_those_of_lmertest_for_every_coding() -> None:
+    ref = json.loads((REFERENCE / "tests" / "type_three_codings.json").read_text())
+    data = pd.DataFrame(ref["columns"])  # one cell of A and B is empty
+    for expected in ref["expected"]:
+        names = [v for v in "AB" if v in expected["formula"]]
+        tables = []
+        for c in ("treatment", "sum", "helmert", "poly"):
+            model = lmm.Model(expected["formula"], data, contrasts=dict.fromkeys(names, c))
+            tables.append(model.fit().anova(3))
+        for column in ("num_df", "den_df", "statistic", "p_value"):
+            own = tables[0][column]
+            assert list(own.index) == list(np.atleast_1d(expected["term"]))
+            np.testing.assert_allclose(own, np.atleast_1d(expected[column]), rtol=1e-5)
+        for other in tables[1:]:
+            pd.testing.assert_frame_equal(tables[0], other, rtol=1e-8, atol=1e-10)
 
 
 def test_type_three_is_that_of_sum_coding(two_way: pd.DataFrame) -> None:
@@ -465,7 +492,7 @@ def test_empty_cells_are_reported_and_the_coding_still_does_not_matter(
         fit = coded(c, holes, "y ~ A * B + (1 | g)")
         assert fit.model.design.aliased
         with pytest.warns(EstimabilityWarning, match="empty cells"):
-            tables.append(fit.anova(3, df="wald"))
+            tables.append(fit.anova(3))
     pd.testing.assert_frame_equal(*tables, rtol=1e-7)
     assert tables[0]["num_df"].tolist() == [2, 1, 1]
     fit = coded("treatment", holes, "y ~ A * B + (1 | g)")

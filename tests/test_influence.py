@@ -19,7 +19,7 @@ from reference_cases import REFERENCE
 
 import lmmjax as lmm
 from lmmjax import likelihood as lk
-from lmmjax.errors import DataError, LmmError
+from lmmjax.errors import DataError
 from lmmjax.inference import deletion
 from lmmjax.precision import float64
 from lmmjax.residual.covariance import block
@@ -168,6 +168,41 @@ def test_crossed_refits_equal_refits() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "formula", ["Reaction ~ Days + (1 | Subject)", "Reaction ~ Days"], ids=["rows", "patterns"]
+)
+def test_refits_with_a_residual_structure_equal_models_of_the_reduced_data(formula: str) -> None:
+    residual = "ar1(Days | Subject)"
+    fit, frame = fit_of(formula, "sleepstudy", residual), lmm.load_dataset("sleepstudy")
+    made = fit.influence(refit=True)
+    table, beta = made.groups("Subject"), made.beta("Subject")
+    assert set(table["status"]) == {"converged"}
+    level = "335"
+    one = lmm.Model(formula, frame[frame["Subject"] != level], residual=residual).fit()
+    np.testing.assert_allclose(beta.loc[level], one.beta, rtol=1e-7)
+    assert table.loc[level, "sigma"] == pytest.approx(one.sigma, rel=1e-5)
+    assert table.loc[level, "phi"] == pytest.approx(one.residual_params()["phi"], rel=1e-5)
+    gap, full = fit._beta - one._beta, fit.vcov().to_numpy()
+    cooks = gap @ np.linalg.solve(full, gap) / 2
+    assert table.loc[level, "cooks_d"] == pytest.approx(cooks, rel=1e-5)
+
+
+def test_structured_refits_within_subjects_and_what_they_cannot_estimate() -> None:
+    frame = lmm.load_dataset("sleepstudy")
+    frame = frame[frame["Subject"].isin(["308", "309", "310", "330", "331", "332", "333"])]
+    frame = frame.assign(last=(frame["Days"] == 9).astype(float))
+    residual = "ar1(Days | Subject)"
+    fit = lmm.Model("Reaction ~ Days + last", frame, residual=residual).fit()
+    made = fit.influence(refit=True)
+    table = made.groups(frame["Days"].to_numpy())
+    assert "not estimable" in table.loc["9", "status"]
+    assert table.loc["9"].drop(["n_rows", "status"]).isna().all()
+    assert set(table.drop("9")["status"]) == {"converged"}
+    one = lmm.Model("Reaction ~ Days + last", frame[frame["Days"] != 4], residual=residual).fit()
+    assert table.loc["4", "phi"] == pytest.approx(one.residual_params()["phi"], rel=1e-5)
+    assert table.loc["4", "sigma"] == pytest.approx(one.sigma, rel=1e-5)
+
+
 # -- R ------------------------------------------------------------------------------------------
 
 
@@ -246,8 +281,6 @@ def test_what_cannot_be_had_is_refused() -> None:
         fit.influence().groups("nobody")
     with pytest.raises(DataError, match="a label for each"):
         fit.influence().groups(np.arange(3))
-    with pytest.raises(LmmError, match="independent residuals"):
-        fit_of(*FITS["ar1"]).influence(refit=True).groups("Subject")
     table = pa.Table.from_pandas(lmm.load_dataset("Dyestuff"))
     streamed = lmm.Model.from_table("Yield ~ 1 + (1 | Batch)", table).fit()
     with pytest.raises(DataError, match="keeps no rows"):

@@ -332,6 +332,13 @@ def test_residual_structure_is_tested_by_chi_squared() -> None:
     assert "conservative" not in result.note  # no correlation is an inner point of ar1
     decay = lmm.Model("Reaction ~ Days", data, residual="car1(Days | Subject)").fit()
     assert "conservative: the null has car1 at an end" in lmm.lrt(small, decay).note
-    refused(small, big, "residual structure", method="mixture")
-    refused(small, big, "residual structure", method="exact")
+    refused(small, big, "no variance among them", method="exact")
+    # φ of ar1 is interior: the mixture is chi-squared; the decay of car1 is a half-line
+    assert lmm.lrt(small, big, method="mixture").p_value == pytest.approx(result.p_value)
+    half = lmm.lrt(small, decay, method="mixture")
+    assert half.weights == {0: 0.5, 1: 0.5}
+    assert half.p_value == pytest.approx(0.5 * lmm.lrt(small, decay).p_value)
+    arma = lmm.Model("Reaction ~ Days", data, residual="arma(Days | Subject)").fit()
+    assert "without meaning" in lmm.lrt(small, arma).note
+    refused(small, arma, "without meaning|no meaning", method="mixture")
     refused(big, slopes()[1], "residual structures")

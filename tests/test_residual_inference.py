@@ -17,7 +17,7 @@ from scipy import optimize, stats
 
 import lmmjax as lmm
 from lmmjax.gram import standardise
-from lmmjax.inference import information, profile, variances
+from lmmjax.inference import cone, exact, information, nesting, profile, variances
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.residual import expansion, parameters
 from lmmjax.residual.checks import contains
@@ -605,3 +605,102 @@ def test_profiles_lower_for_cuda() -> None:
             profiler.layout, *arguments
         )
     assert "cuda" in exported.platforms
+
+
+# -- conditional AIC ------------------------------------------------------------------------------
+
+
+def test_conditional_df_with_residual_parameters_are_those_of_refits() -> None:
+    d, residual = visits(), "ar1(visit | id) * varident(arm)"
+    fit = lmm.Model("y ~ x + (1 | school)", d, residual=residual).fit()
+    n, h = fit.n_obs, 1e-3 * fit.sigma
+    y = d["y"].to_numpy()[:, None]
+    both = np.concatenate([y + h * np.eye(n), y - h * np.eye(n)], axis=1)
+    refits = lmm.fit_many("~ x + (1 | school)", d, responses=both, residual=residual)
+    fitted = np.column_stack([refits[i].fitted() for i in range(2 * n)])
+    trace = np.sum(np.diag(fitted[:, :n] - fitted[:, n:])) / (2 * h)
+    got = fit.caic()
+    assert got["df"] == pytest.approx(1 + len(fit.phi) + trace, abs=2e-6)
+    e = (d["y"] - fit.fitted()).to_numpy()
+    R = fit.sigma**2 * block(fit.model.design.residual, fit.phi, np.ones(n), np.arange(n))
+    given = stats.multivariate_normal(np.zeros(n), R).logpdf(e)
+    assert got["loglik"] == pytest.approx(given, abs=1e-8)
+
+
+def test_conditional_aic_of_a_marginal_model_is_its_aic() -> None:
+    # the trace is p exactly: what φ̂ moves of Xβ̂ is orthogonal to the residuals
+    fit = lmm.Model("y ~ x + arm", visits(), residual="un(visit | id)").fit(method="ML")
+    got = fit.caic()
+    assert got["df"] == pytest.approx(fit.n_params, abs=1e-8)
+    assert got["caic"] == pytest.approx(fit.aic, abs=1e-7)
+
+
+def test_residual_parameters_at_the_end_of_their_range_do_not_count() -> None:
+    d = visits().sort_values(["id", "u"])
+    rng, at = np.random.default_rng(3), d["u"].to_numpy()
+    same = d["id"].to_numpy()[:, None] == d["id"].to_numpy()
+    C = np.where(same, np.exp(-np.abs(at[:, None] - at) / 2), 0.0)
+    d["y"] = np.linalg.cholesky(C) @ rng.normal(size=len(d))
+    fit = lmm.Model("y ~ x", d, residual="spexp(u | id, nugget=True)").fit(method="ML")
+    assert fit.residual_params()["nugget"] < 1e-6
+    assert fit.caic()["df"] == pytest.approx(2 + 1 + 1, abs=1e-4)
+
+
+# -- likelihood ratios beside residual structures -------------------------------------------------
+
+
+def _projected(fit: lmm.Fit) -> tuple[np.ndarray, list[np.ndarray]]:
+    """P and the derivatives of σ²R in (σ², φ) of a fit without random effects, dense."""
+    r, n, h = fit.model.design.residual, fit.n_obs, 1e-5
+
+    def R(phi: np.ndarray) -> np.ndarray:
+        return fit.sigma**2 * block(r, phi, np.ones(n), np.arange(n))
+
+    steps = h * np.eye(len(fit.phi))
+    slopes = [(R(fit.phi + e) - R(fit.phi - e)) / (2 * h) for e in steps]
+    V, X = R(fit.phi), fit.model.design.X
+    inverse = np.linalg.inv(V)
+    half = inverse @ X
+    return inverse - half @ np.linalg.solve(X.T @ half, half.T), [V, *slopes]
+
+
+@pytest.mark.filterwarnings("ignore::lmmjax.SingularFitWarning")
+def test_the_cone_has_the_information_of_residual_parameters() -> None:
+    d, residual = visits(), "ar1(visit | id) * varident(arm)"
+    small = lmm.Model("y ~ x", d, residual=residual).fit()
+    big = lmm.Model("y ~ x + (x || school)", d, residual=residual).fit()
+    terms = big.model.design.terms
+    P, slopes = _projected(small)
+    G = [(t.codes[:, None] == t.codes) * np.outer(t.z[:, 0], t.z[:, 0]) for t in terms]
+    G += slopes
+    information = np.array([[0.5 * np.sum((P @ a) * (P @ b).T) for b in G] for a in G])
+    dense = np.linalg.inv(information)[:2, :2]
+    got = cone.cone_of(nesting.pair(small, big))
+    assert got.blocks == (1, 1)
+    correlation = got.cov[0, 1] / np.sqrt(got.cov[0, 0] * got.cov[1, 1])
+    assert correlation == pytest.approx(dense[0, 1] / np.sqrt(dense[0, 0] * dense[1, 1]), abs=1e-8)
+
+    # the spectral representation, of rows whitened by R(φ̂) of the first model
+    one = lmm.Model("y ~ x + (1 | school)", d, residual=residual).fit()
+    Z = np.eye(3)[terms[0].codes]
+    mu = small.sigma**2 * np.linalg.eigvalsh(Z.T @ P @ Z)[1:]
+    np.testing.assert_allclose(exact.spectrum(nesting.pair(small, one)).mu, mu, rtol=1e-9)
+    drawn, half = (lmm.lrt(small, one, method=m, n=2000) for m in ("exact", "mixture"))
+    assert "approximate" in drawn.note and drawn.mc_se > 0
+    assert half.weights == {0: 0.5, 1: 0.5}
+
+
+def test_a_nugget_under_test_is_a_half_line() -> None:
+    d = visits()
+    small, big = (
+        lmm.Model("y ~ x", d, residual=f"spexp(u | id{more})").fit()
+        for more in ("", ", nugget=True")
+    )
+    plain, half = (lmm.lrt(small, big, method=m) for m in ("chi2", "mixture"))
+    assert "the nugget at an end" in plain.note
+    assert half.weights == {0: 0.5, 1: 0.5}
+    assert half.p_value == pytest.approx(0.5 * plain.p_value)
+    independent = lmm.Model("y ~ x", d).fit()
+    for other, words in ((big, "no meaning"), (small, "not multiples of the smallest")):
+        with pytest.raises(lmm.ComparisonError, match=words):
+            lmm.lrt(independent, other, method="mixture")

@@ -7,17 +7,25 @@ parametrisation with a dummy for every level, D = XA: the estimable functions th
 term and its containers, orthogonal to those that involve the containers alone. It therefore does
 not depend on the contrasts in use; without empty cells it equals sum-to-zero coding. A term
 contains another if it has the same covariates and all of its factors, and more.
+
+F does not depend on which rows span a hypothesis, Satterthwaite's denominator df do. The rows of
+type III are those of lmerTest: in the coefficients of treatment coding, whatever the coding in use,
+reduced so that each is one coefficient of the term plus coefficients of its containers. A single
+term is its type I test there, as lmerTest has it (weighted models of streamed tables, which do not
+know X'X: its coefficients). So the df are the same for every coding, too.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lmmjax.errors import EstimabilityWarning, LmmError
+from lmmjax.inference.nesting import keeps_rows
 from lmmjax.rank import triangle
 from lmmjax.terms import encode, spanning_term
 
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
     from lmmjax.fit import Fit
 
 RANK = 1e-9
+
+#: part of a column of a map between codings, whose entries are about 1, that counts
+INDEPENDENT = 1e-8
 
 
 def hypotheses(fit: Fit, kind: int | str) -> dict[str, np.ndarray]:
@@ -47,11 +58,10 @@ def hypotheses(fit: Fit, kind: int | str) -> dict[str, np.ndarray]:
     if design.aliased:
         warnings.warn(_empty_cells(design, kinds[kind]), EstimabilityWarning, stacklevel=4)
     if kinds[kind] == 3:
-        return type_three(design)
+        return type_three(fit)
     root = _root(fit)
-    if kinds[kind] == 1:
-        order = np.arange(design.p)
-        R = _sequential(root, order)
+    if kinds[kind] == 1 or len(_labels(design)) == 1:
+        R = _sequential(root, np.arange(design.p))
         return {t: R[_columns(design, t)] for t in _labels(design)}
     return {t: _type_two(design, root, t) for t in _labels(design)}
 
@@ -120,38 +130,56 @@ def _parts(design: Design, label: str) -> tuple[frozenset[str], frozenset[str]]:
 # -- type III ------------------------------------------------------------------------------------
 
 
-def type_three(design: Design) -> dict[str, np.ndarray]:
+class Codings(NamedTuple):
+    """Other parametrisations of X: D = X A with all dummies, X_t = X B with treatment contrasts."""
+
+    A: np.ndarray  # (p, D)
+    owner: np.ndarray  # term of each dummy column, (D,)
+    B: np.ndarray  # (p, p)
+    treatment: np.ndarray  # term of each column of X_t, (p,)
+
+
+def type_three(fit: Fit) -> dict[str, np.ndarray]:
     """L of each term; see the header. O(P³) with P the columns of the dummy parametrisation."""
-    A, owner = dummies(design)
-    kept = design.spec.keep
-    if design.spec.alias is not None:
-        A = A[kept] + design.spec.alias @ A[~kept]
-    labels = design.x_terms
+    design = fit.model.design
+    k, labels = codings(design), design.x_terms
+    back = np.linalg.inv(k.B)
+    if len(_labels(design)) == 1 and (keeps_rows(fit) or not design.has_weights):
+        R = _sequential(_root(fit) @ k.B, np.arange(design.p))
+        return {t: R[k.treatment == labels.index(t)] @ back for t in _labels(design)}
     out = {}
     for i, label in enumerate(labels):
         if label == "(Intercept)":
             continue
         above = np.array([contains(design, t, label) for t in labels])
-        own = owner == i
-        mine = _null(A[:, ~(own | above[owner])].T)
-        alone = _null(A[:, ~above[owner]].T)
-        out[label] = _apart(A @ A.T, mine, alone, np.flatnonzero(design.x_assign == i))
+        own = k.owner == i
+        mine = _null(k.A[:, ~(own | above[k.owner])].T)
+        alone = _null(k.A[:, ~above[k.owner]].T)
+        L = mine @ _null((mine.T @ (k.A @ k.A.T) @ alone).T)
+        out[label] = _reduced(L.T @ k.B, np.flatnonzero(k.treatment == i)) @ back
     return out
 
 
-def _apart(G: np.ndarray, mine: np.ndarray, alone: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Rows of span(mine) that are G-orthogonal to span(alone).
+def _reduced(L: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Rows of the same span with ones and zeros in the first independent columns, ``own`` first."""
+    order = np.append(own, np.setdiff1d(np.arange(L.shape[1]), own)).astype(int)
+    first = order[_first_independent(L[:, order])]
+    rows = np.linalg.solve(L[:, first], L)
+    rows[np.abs(rows) < RANK] = 0.0
+    return rows
 
-    Where the term's own coefficients lie in span(mine) the rows are what is left of these, so that
-    a term without containers is tested by its coefficients themselves.
-    """
-    L = mine @ _null((mine.T @ G @ alone).T)
-    rows = np.eye(len(G))[:, own]
-    if np.allclose(mine @ (mine.T @ rows), rows, atol=1e-8) and len(own) == L.shape[1]:
-        left = rows - alone @ np.linalg.solve(alone.T @ G @ alone, alone.T @ G @ rows)
-        if np.linalg.matrix_rank(left, tol=RANK) == L.shape[1]:
-            return left.T
-    return L.T
+
+def _first_independent(M: np.ndarray) -> np.ndarray:
+    """Positions of the columns that do not depend on those before them."""
+    Q, found = np.zeros((len(M), 0)), []
+    for j, column in enumerate(M.T):
+        left = column - Q @ (Q.T @ column)
+        left = left - Q @ (Q.T @ left)
+        size = np.linalg.norm(left)
+        if size > INDEPENDENT * max(np.linalg.norm(column), INDEPENDENT):
+            Q = np.column_stack([Q, left / size])
+            found.append(j)
+    return np.array(found, int)
 
 
 def _null(M: np.ndarray) -> np.ndarray:
@@ -163,38 +191,48 @@ def _null(M: np.ndarray) -> np.ndarray:
     return Vt[rank:].T
 
 
-def dummies(design: Design) -> tuple[np.ndarray, np.ndarray]:
-    """The dummy parametrisation D = X A from the codings alone: A (P, D) and the term of each D.
+def codings(design: Design) -> Codings:
+    """The parametrisations by dummies and by treatment contrasts, from the codings alone.
 
     Each term's dummies are columns of the terms within it, whatever the data; so A is found on a
-    small grid of all levels with arbitrary covariates, term by term.
+    small grid of all levels with arbitrary covariates, term by term, and B with it. Where columns
+    of X are aliased, X_t has the first independent ones.
     """
     spec = design.spec
-    terms, codings = spec.parsed.terms, spec.codings
-    offset = int(terms.intercept)
-    span = None if terms.intercept else spanning_term(terms, codings)
-    blocks = [np.zeros((len(spec.keep), offset))]
-    blocks[0][:offset, :offset] = 1.0
-    owner = [np.zeros(offset, int)]
+    terms, coded = spec.parsed.terms, spec.codings
+    plain = {
+        name: c if c.levels is None else replace(c, contrast="treatment")
+        for name, c in coded.items()
+    }
+    offset, P = int(terms.intercept), len(spec.keep)
+    span = None if terms.intercept else spanning_term(terms, coded)
+    constant = np.eye(P)[:, :offset]
+    A, B = [constant], [constant]
     for i, term in enumerate(terms.terms):
         wanted = set(term) | (set(terms.terms[span]) if span is not None else set())
-        grid, n = _grid(terms, codings, wanted)
-        encoded = encode(terms, codings, grid, n)
+        grid, n = _grid(terms, coded, wanted)
+        encoded = encode(terms, coded, grid, n)
         within = [j for j, other in enumerate(terms.terms) if set(other) <= wanted]
         use = np.isin(encoded.assign, [0, *(j + 1 for j in within)])
+        other = encode(terms, plain, grid, n)
         D = _dummy_columns(
-            [codings[terms.variables[v]] for v in term], [grid[terms.variables[v]] for v in term]
+            [coded[terms.variables[v]] for v in term], [grid[terms.variables[v]] for v in term]
         )
-        A = np.zeros((len(spec.keep), D.shape[1]))
-        A[use] = np.linalg.lstsq(encoded.X[:, use], D, rcond=None)[0]
-        if not np.allclose(encoded.X[:, use] @ A[use], D, atol=1e-8):
-            raise LmmError(
-                f"the term {terms.labels[i]} is not spanned by the terms within it, so type III "
-                "hypotheses are not defined; use type=1 or 2, or add the lower-order terms."
-            )
-        blocks.append(A)
-        owner.append(np.full(D.shape[1], i + offset))
-    return np.hstack(blocks), np.concatenate(owner)
+        for blocks, columns in ((A, D), (B, other.X[:, other.assign == i + 1])):
+            map_ = np.zeros((P, columns.shape[1]))
+            map_[use] = np.linalg.lstsq(encoded.X[:, use], columns, rcond=None)[0]
+            if not np.allclose(encoded.X[:, use] @ map_[use], columns, atol=1e-8):
+                raise LmmError(
+                    f"the term {terms.labels[i]} is not spanned by the terms within it, so type "
+                    "III hypotheses are not defined; use type=1 or 2, or add the lower-order terms."
+                )
+            blocks.append(map_)
+    owners = [np.repeat(np.arange(len(M)) + offset - 1, [m.shape[1] for m in M]) for M in (A, B)]
+    maps = [np.hstack(M) for M in (A, B)]
+    if spec.alias is not None:
+        maps = [M[spec.keep] + spec.alias @ M[~spec.keep] for M in maps]
+    first = _first_independent(maps[1])
+    return Codings(maps[0], owners[0], maps[1][:, first], owners[1][first])
 
 
 def _grid(terms: Any, codings: Any, wanted: set[int]) -> tuple[dict[str, np.ndarray], int]:

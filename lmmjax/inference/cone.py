@@ -11,14 +11,22 @@ and f counts the free directions under test. One scalar u: weights 0.5 and 0.5 (
 Biometrics 50, 1171-1177). Otherwise directions are simulated: for z uniform on the sphere of
 R^f x K's span and h(z) = ‖P_C z‖², P(statistic > t) = E P(χ²_{f+s} > t / h), which stays accurate
 for small p. Fixed effects under test are free directions, asymptotically independent of variances.
+
+Residual parameters that both models have are interior nuisances: they enter the information and no
+direction. One under test is a free direction where its null value lies inside its range (φ of ar1,
+ρ of cs, an SD ratio), and a half-line where it ends it (a nugget of 0; the decay of car1 and the
+spatial families against independent rows, where the distances are multiples of the smallest, so
+that exp(-smallest/range) is a parameter in which R is smooth at 0).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
+from lmmjax import determined
 from lmmjax import likelihood as lk
 from lmmjax.covariance import CompoundSymmetry, Diagonal, Homogeneous, Unstructured
 from lmmjax.errors import ComparisonError
@@ -27,9 +35,17 @@ from lmmjax.inference.information import tables
 from lmmjax.inference.linear import directions
 from lmmjax.inference.nesting import Pair
 from lmmjax.precision import in_float64
+from lmmjax.residual import program
+from lmmjax.residual.expansion import expand, source_of
+
+if TYPE_CHECKING:
+    from lmmjax.residual.frame import Residuals
 
 #: eigenvalues of a block below this part of the largest (or of 1) count as 0 under the null
 ZERO = 1e-8
+
+#: share of a residual parameter in what the data determine below which it counts as undetermined
+LOST = 0.5
 
 
 class Cone(NamedTuple):
@@ -166,34 +182,146 @@ def cone_of(pair: Pair) -> Cone:
     Raises
     ------
     ComparisonError
-        Variances of the smaller model at 0, or structures without a linear tangent cone.
+        Parameters of the smaller model at an end of their range, structures without a linear
+        tangent cone, residual parameters that the null leaves without meaning.
     """
     small, big = pair.small, pair.big
-    if small.model.residual != big.model.residual or big.model.is_structured:
-        raise ComparisonError(
-            "the mixture needs independent residuals; found a residual structure. Use "
-            "method='chi2' where its parameters are inside their range."
-        )
     if small.singular:
         raise ComparisonError(
             "the smaller model is singular: its own variances are on the boundary, where the "
             "mixture is not known. Use method='bootstrap'."
         )
+    check_interior(pair)
     m = big.n_params - small.n_params - pair.n_fixed
     rows, blocks = _null_rows(pair)
+    ends = [end.name for end in residual_ends(pair)]
+    if not _same_residuals(pair) and len(ends) + sum(map(len, rows)) > 1:
+        raise ComparisonError(
+            "found residual parameters under test beside variances that are 0 under the null, "
+            f"{len(ends) + sum(map(len, rows))} boundaries together; with residual parameters "
+            "under test the mixture is made for one. Use method='bootstrap', or test one after "
+            "the other."
+        )
+    if ends:
+        return Cone(m - 1 + pair.n_fixed, (1,), np.ones((1, 1)))
     if not blocks:
         return Cone(m + pair.n_fixed, (), np.zeros((0, 0)))
     U = np.concatenate(rows)
     free = m - len(U) + pair.n_fixed
     if len(U) == 1:
         return Cone(free, tuple(blocks), np.ones((1, 1)))
-    return Cone(free, tuple(blocks), U @ _covariance(pair) @ U.T)
+    return Cone(free, tuple(blocks), U @ _covariance(pair)[: U.shape[1], : U.shape[1]] @ U.T)
+
+
+# -------------------------------------------------------------------------------------------------
+# Residual parameters at the null
+# -------------------------------------------------------------------------------------------------
+
+
+class End(NamedTuple):
+    """A residual parameter under test whose null value ends its range."""
+
+    name: str
+    trouble: str  # why its half-line is not known, or empty
+
+
+def _correlations(pair: Pair) -> list[Any]:
+    fits = (pair.small, pair.big)
+    found = [f.model.design.residual for f in fits]
+    return [None if r is None else r.spec.correlation for r in found]
+
+
+def _same_residuals(pair: Pair) -> bool:
+    small, big = (f.model.design.residual for f in (pair.small, pair.big))
+    if small is None or big is None:
+        return small is big
+    return small.structure == big.structure
+
+
+def residual_ends(pair: Pair) -> list[End]:
+    """Residual parameters of the larger model whose null value is an end of their range."""
+    small, big = _correlations(pair)
+    if big is None:
+        return []
+    ends = []
+    if small is None and (big.family == "car1" or big.family.startswith("sp")):
+        r = pair.big.model.design.residual
+        assert r is not None
+        uneven = "" if _multiples(r) else "distances that are not multiples of the smallest"
+        ends.append(End(big.name, uneven))
+    if big.nugget and not (small is not None and small.nugget):
+        ends.append(End("the nugget", ""))
+    return ends
+
+
+def unidentified(pair: Pair) -> str:
+    """Which residual parameters of the larger model the null leaves without meaning, in words."""
+    small, big = _correlations(pair)
+    if big is None:
+        return ""
+    if small is None and big.nugget:
+        return "range and nugget"
+    if big.family != "arma" or big.p == 0 or big.q == 0:
+        return ""
+    p, q = {None: (0, 0), "ar1": (1, 0)}.get(
+        None if small is None else small.family,
+        (0, 0) if small is None else (small.p, small.q),
+    )
+    return "phi and theta" if big.p > p and big.q > q else ""
+
+
+def _multiples(r: Residuals) -> bool:
+    """Whether all distances within subjects are multiples of the smallest; one dimension."""
+    if r.pos.shape[1] != 1:
+        return False
+    order = np.lexsort((r.pos[:, 0], r.subject))
+    same = np.diff(r.subject[order]) == 0
+    steps = np.diff(r.pos[order, 0])[same]
+    steps = steps[steps > 0]
+    if not len(steps):
+        return False
+    ratio = steps / np.min(steps)
+    return bool(np.all(np.abs(ratio - np.round(ratio)) < 1e-6 * ratio))
+
+
+def check_interior(pair: Pair) -> None:
+    """Refuse nulls at which residual parameters are not interior and regular.
+
+    Raises
+    ------
+    ComparisonError
+    """
+    small = pair.small
+    known = determined.inverse(small._hessian_s)[1][len(small.theta) :]
+    lost = [n for n, k in zip(small.model.phi_names, known, strict=True) if k < LOST]
+    if lost:
+        raise ComparisonError(
+            f"found {' and '.join(lost)} of the smaller model at an end of the range or not "
+            "determined by the data, where the mixture is not known. Use method='bootstrap'."
+        )
+    words = unidentified(pair)
+    if words:
+        raise ComparisonError(
+            f"found {words} under test together; where there is no correlation one of them has no "
+            "meaning, and the ratio has no known mixture. Use method='bootstrap'."
+        )
+    for end in residual_ends(pair):
+        if end.trouble:
+            raise ComparisonError(
+                f"found {end.name} with {end.trouble}: near independence its correlations do not "
+                "vary smoothly with any parameter, and no mixture is known. Use "
+                "method='bootstrap'."
+            )
 
 
 def _null_factors(pair: Pair) -> list[np.ndarray]:
-    """Σ of every term of the larger model at the smaller's estimates, standardised, over σ²."""
+    """Σ of every term of the larger model at the smaller's estimates, standardised, over σ².
+
+    σ² is that of the residual source, as in :func:`lmmjax.inference.variances.variance_tables`.
+    """
     model = pair.big.model
     covs = pair.small._term_covs()
+    sigma2 = (pair.small.sigma / pair.small._residual_sd) ** 2
     out = [np.zeros((len(t.names),) * 2) for t in model.design.terms]
     for g in pair.groupings:
         D = g.C @ _block([covs[k] for k in g.small]) @ g.C.T
@@ -201,7 +329,7 @@ def _null_factors(pair: Pair) -> list[np.ndarray]:
         for k in g.big:
             S = len(out[k])
             inverse = np.linalg.inv(model._units.B[k])
-            out[k] = inverse @ D[at : at + S, at : at + S] @ inverse.T / pair.small.sigma**2
+            out[k] = inverse @ D[at : at + S, at : at + S] @ inverse.T / sigma2
             at += S
     return out
 
@@ -261,7 +389,7 @@ def _null_space(structure: object, sigma: np.ndarray) -> list[np.ndarray]:
 
 
 def _covariance(pair: Pair) -> np.ndarray:
-    """Inverse of the expected information at the null, of ω in the larger model: (K, K)."""
+    """Inverse of the expected information at the null, of (ω, φ) in the larger model: (K, K)."""
     model = pair.big.model
     layout = model._plan.layout
     sigmas = _null_factors(pair)
@@ -270,7 +398,14 @@ def _covariance(pair: Pair) -> np.ndarray:
         [s.from_factor(lam) for s, lam in zip(layout.structures, lams, strict=True)]
     )
     d = directions(layout, [np.asarray(f) for f in lk.factors(layout, theta)])
-    found = tables(layout, theta, *model._on_device, d.sigmas, d.first)
+    residual = None
+    if model.is_structured:
+        phi = jnp.asarray(pair.small.phi)  # both models have the same structure here
+        products = program.crossproducts(model._prepared[2], phi)
+        residual = expand(source_of(model), phi)
+    else:
+        products = model._on_device
+    found = tables(layout, theta, *products, d.sigmas, d.first, residual)
     e = kr.extend(found, float(pair.big.n_obs))
     reml = pair.big.method == "REML"
     info = kr.expected_information(e) if reml else 0.5 * e.trace2

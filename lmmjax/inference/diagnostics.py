@@ -22,8 +22,8 @@ class DiagnosticMethods:
         Parameters
         ----------
         refit : bool
-            Groups are left out by refits of all parameters in one batch (independent residuals);
-            by default θ is kept, and the results are those of a refit of β and σ at that θ.
+            Groups are left out by refits of all parameters, residual ones included, in one batch;
+            by default θ and φ are kept, and the results are those of a refit of β and σ there.
 
         Returns
         -------

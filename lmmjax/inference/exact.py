@@ -10,7 +10,8 @@ X, and ξ_s those of Z'WZ. Under λ = 0 (Crainiceanu and Ruppert 2004, J. R. Sta
 
 q fixed effects under test, so simulation costs nothing in n. Where other random terms stay in both
 models, the distribution is that without them: approximate (Greven, Crainiceanu, Küchenhoff and
-Peters 2008, J. Comput. Graph. Statist. 17, 870-891).
+Peters 2008, J. Comput. Graph. Statist. 17, 870-891). With ε ~ N(0, σ²R(φ)) all of this holds for
+rows whitened by R^(-1/2), W = R⁻¹; φ is held at its estimate under the null: approximate too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from lmmjax.covariance import Homogeneous
 from lmmjax.errors import ComparisonError
 from lmmjax.inference.nesting import Pair
+from lmmjax.residual.covariance import whitening
 
 #: columns of Z that an eigen-decomposition is made of at most
 MOST = 4000
@@ -56,22 +58,21 @@ def spectrum(pair: Pair) -> Spectrum:
     -----
     O(n p² + n J p + J³) for J levels.
     """
+    from scipy.sparse import csr_array
+
     design = pair.big.model.design
     z, codes, J = _tested(pair)
-    w = np.sqrt(design.weights)
-    Q = np.linalg.qr(design.X * w[:, None])[0]
     S = z.shape[1]
     if J * S > MOST:
         raise ComparisonError(
             f"found {J * S} random effects under test; the exact distribution is made for at most "
             f"{MOST}. With so many levels method='mixture' is as good."
         )
-    zw = z * w[:, None]
-    ZZ, ZQ = np.zeros((J * S, J * S)), np.zeros((J * S, Q.shape[1]))
-    for a in range(S):
-        np.add.at(ZQ, codes * S + a, zw[:, [a]] * Q)
-        for b in range(S):
-            np.add.at(ZZ, (codes * S + a, codes * S + b), zw[:, a] * zw[:, b])
+    white = whitening(design.residual, pair.small.phi, design.weights)
+    Q = np.linalg.qr(white @ design.X)[0]
+    at = codes[:, None] * S + np.arange(S), np.arange(len(z))[:, None] + np.zeros(S, int)
+    Z = white @ csr_array((z.ravel(), (at[1].ravel(), at[0].ravel())), shape=(len(z), J * S))
+    ZZ, ZQ = (Z.T @ Z).toarray(), Z.T @ Q
     restricted = pair.big.method == "REML"
     mu = _positive(ZZ - ZQ @ ZQ.T, ZZ)
     xi = mu if restricted else _positive(ZZ, ZZ)
@@ -98,12 +99,11 @@ def _tested(pair: Pair) -> tuple[np.ndarray, np.ndarray, int]:
     terms = {k for *_, k in found}
     single = len(found) == 1 and (structures[found[0][2]].S == 1 or found[0][0].cov == "diag")
     whole = len(terms) == 1 and isinstance(structures[next(iter(terms))], Homogeneous)
-    if extra != 1 or not (single or whole) or big.model.is_structured:
-        what = "a residual structure" if big.model.is_structured else f"{extra} parameters"
-        other = "chi2" if big.model.is_structured else "mixture' or 'bootstrap"
+    if extra != 1 or not (single or whole):
         raise ComparisonError(
-            f"found {what} beside or among the variances under test; the exact test is for one "
-            f"variance component of independent residuals. Use method='{other}'."
+            f"found {extra} parameters under test, or no variance among them; the exact test is "
+            "for one variance component beside the same residuals. Use method='mixture' or "
+            "'bootstrap'."
         )
     term = found[0][0]
     z = term.z if whole else term.z[:, [found[0][1]]]

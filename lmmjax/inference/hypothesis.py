@@ -127,13 +127,39 @@ def joint_satterthwaite(nu: np.ndarray) -> float:
 def check_df(df: str, fitted_by: str = "REML") -> str:
     """Refuse an unknown method of degrees of freedom, and Kenward-Roger for ML fits."""
     if df not in DF_METHODS:
-        raise LmmError(f"df={df!r} is unknown; expected one of {', '.join(map(repr, DF_METHODS))}.")
+        known = ", ".join(map(repr, DF_METHODS))
+        raise LmmError(f"df={df!r} is unknown; expected one of {known}.{_meant(df)}")
     if df == "kenward-roger" and fitted_by != "REML":
         raise LmmError(
             "found df='kenward-roger' for an ML fit; the adjustment is derived for REML. Fit with "
             "method='REML', or use df='satterthwaite'."
         )
     return df
+
+
+#: what else the methods are called, without case and punctuation
+_ALSO = {
+    "kr": "kenward-roger",
+    "satterth": "satterthwaite",
+    "sat": "satterthwaite",
+    "lmertest": "satterthwaite",
+    "contain": "containment",
+    "innerouter": "containment",
+    "nlme": "containment",
+    "z": "wald",
+    "normal": "wald",
+    "asymptotic": "wald",
+    "inf": "wald",
+    "resid": "residual",
+}
+
+
+def _meant(df: Any) -> str:
+    """The spelling of a method that another program, or another case, has."""
+    plain = "".join(c for c in str(df).lower() if c.isalnum())
+    own = {"".join(c for c in name if c.isalnum()): name for name in DF_METHODS}
+    found = (own | _ALSO).get(plain)
+    return "" if found is None else f" Write df={found!r}."
 
 
 def check_information(information: str) -> str:

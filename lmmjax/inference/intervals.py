@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import components
-from lmmjax.determined import delta_variance
+from lmmjax.bootstrap import on_active_face
 from lmmjax.errors import LmmError
-from lmmjax.optimize import SINGULAR_TOLERANCE
 from lmmjax.precision import in_float64
 from lmmjax.tables import check_level
 
@@ -126,46 +125,15 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
 def _unbounded(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """log SDs, Fisher's z and log σ, with standard errors (NaN at a boundary)."""
     model = fit.model
-    nu = fit.n_obs - (len(fit._beta) if fit.method == "REML" else 0)
     value, slope, direct = _components(fit)
-    inner = np.append(~_at_boundary(fit), True)
-    value[~inner], slope[~inner], direct[~inner] = np.nan, 0.0, 0.0
-    # a relative SD of 0 is a stationary point by symmetry: it drops out of all other slopes
-    kept = np.append(_moving(fit), np.ones(len(fit.phi), bool))
-    spread = delta_variance(slope[:, kept], fit._hessian_s[np.ix_(kept, kept)])
-    se = np.sqrt(2.0 * spread + direct**2 * 2.0 / nu)
-    se[~inner] = np.nan
+    free = np.append(fit._theta_s, fit.phi)
+    value, se = on_active_face(
+        fit, value[None], slope[None], direct[None], free[None], fit._hessian_s[None]
+    )
     is_log = [not c.startswith("cor_") for c in components.names(model.design.terms)]
-    value = value + float(np.log(model._units.scale)) * np.array(is_log)
+    value = value[0] + float(np.log(model._units.scale)) * np.array(is_log)
     value[-1] = np.log(fit.sigma)
-    return value, se
-
-
-def _moving(fit: Fit) -> np.ndarray:
-    """Which of θ are not relative SDs at 0."""
-    from lmmjax.fitting import _diagonal
-
-    out = np.ones(len(fit._theta_s), bool)
-    at = _diagonal(fit.model)
-    out[at] = np.abs(fit._theta_s[at]) >= SINGULAR_TOLERANCE
-    return out
-
-
-def _at_boundary(fit: Fit) -> np.ndarray:
-    """Which SDs are 0, which correlations 1, -1 or beside an SD of 0."""
-    model = fit.model
-    out = []
-    for term, lam, B in zip(
-        model.design.terms, model._factors(fit._theta_s), model._units.B, strict=True
-    ):
-        moved = B @ lam
-        sd = np.sqrt(np.sum(moved**2, axis=1))
-        zero = sd < SINGULAR_TOLERANCE * np.abs(np.diag(B))
-        unit = moved / np.where(zero, 1.0, sd)[:, None]
-        one = (np.abs(unit @ unit.T) > 1 - SINGULAR_TOLERANCE**2) | zero[:, None] | zero
-        np.fill_diagonal(one, zero)
-        out += [one[i, j] for i, j in components.places(len(term.names), term.cov)]
-    return np.array(out, bool)
+    return value, se[0]
 
 
 def _components(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -62,7 +62,11 @@ class LikelihoodMethods:
         Notes
         -----
         A limit of a profile costs about ten fits of the other parameters, with a Hessian by
-        automatic differentiation: refused for dense cores of more than 300 columns.
+        automatic differentiation; for crossed factors whose dense core has more than 300 columns
+        with a Hessian now and then. A core of 1,000 columns takes seconds a parameter, one of d
+        columns (d/1,000)³ times as long (minutes at 3,000); choose parameters by ``parm``. With
+        three nested factors or more beside such a core, or a residual structure, gradients are
+        automatic and several times slower.
 
         Examples
         --------
@@ -136,12 +140,16 @@ class LikelihoodMethods:
     def caic(self) -> pd.Series:
         """Conditional AIC: ``caic loglik df``, for questions about these very groups.
 
-        ``loglik`` is that of y given β̂, b̂ and σ̂; ``df`` = 1 + tr(∂ŷ/∂y), the estimation of θ
-        included (Greven and Kneib 2010), also for singular fits.
+        ``loglik`` is log N(y; Xβ̂ + Zb̂, σ̂²R̂); ``df`` = 1 + tr(∂ŷ/∂y), the estimation of θ and of the
+        residual parameters included (Greven and Kneib 2010), also for singular fits. Each residual
+        parameter that the data determine adds 1, as σ does (inference/conditional.py): for known R
+        the trace is the exact penalty, and an estimated parameter of R costs 1 to first order.
+        Without random effects the conditional likelihood is the marginal one, at Xβ̂.
 
         Notes
         -----
-        cAIC4 1.0 halves one of the terms, so its df differ somewhat.
+        cAIC4 1.0 halves one of the terms, so its df differ somewhat. From cross-products: nothing
+        in the number of rows, except where a residual structure needs them.
 
         Examples
         --------

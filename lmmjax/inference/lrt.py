@@ -92,7 +92,7 @@ def lrt(
         χ² with ``df`` degrees of freedom, conservative where variances under test are 0 under the
         null; its mixture at that boundary (cone.py); refits of responses simulated under ``small``;
         the finite-sample distribution for one variance component (exact.py), approximate where
-        other random terms stay.
+        other random terms or residual parameters stay.
     refit : {"ml"}, optional
         Refit both by ML first: for fixed parts that differ.
     n : int, optional
@@ -169,29 +169,22 @@ Judged = tuple[float, float, dict[str, Any]]
 def _chi2(two: Pair, statistic: float, n: int, seed: int) -> Judged:
     from scipy import stats
 
+    from lmmjax.inference.cone import residual_ends, unidentified
+
     df = two.big.n_params - two.small.n_params
     note = f"chi-squared with {df} df"
     if len(two.big.theta) > len(two.small.theta):
         note += " (conservative if variances under test are 0 under the null: see method='mixture')"
-    ends = _ends_under_test(two)
-    if ends:
-        note += f" (conservative: the null has {ends} at an end of the range: see 'bootstrap')"
+    ends = " and ".join(end.name for end in residual_ends(two))
+    lost = unidentified(two)
+    if lost:
+        note += f" (not valid: the null leaves one of {lost} without meaning: see 'bootstrap')"
+    elif ends:
+        note += (
+            f" (conservative: the null has {ends} at an end of the range: see 'mixture' or "
+            "'bootstrap')"
+        )
     return float(stats.chi2.sf(statistic, df)), 0.0, {"note": note}
-
-
-def _ends_under_test(two: Pair) -> str:
-    """Residual parameters of the larger model whose null value is an end of their range."""
-    small, big = (
-        None if f.model.design.residual is None else f.model.design.residual.spec.correlation
-        for f in (two.small, two.big)
-    )
-    if big is None:
-        return ""
-    decay = big.family == "car1" or big.family.startswith("sp")
-    names = [big.name] if decay and small is None else []
-    if big.nugget and not (small is not None and small.nugget):
-        names.append("the nugget")
-    return " and ".join(names)
 
 
 def _mixture(two: Pair, statistic: float, n: int, seed: int) -> Judged:
@@ -216,8 +209,11 @@ def _exact(two: Pair, statistic: float, n: int, seed: int) -> Judged:
     p, mc_se = _share(drawn, statistic)
     kind = "restricted " if two.big.method == "REML" else ""
     note = f"exact null distribution of the {kind}ratio, {n} draws"
-    if two.small.model.is_mixed:
-        note = note.replace("exact", "approximate", 1) + "; other random terms stay (Greven 2008)"
+    kept = ["other random terms stay (Greven 2008)"] if two.small.model.is_mixed else []
+    if two.small.model.is_structured:
+        kept.append("residual parameters are held at their estimates under the first model")
+    if kept:
+        note = "; ".join([note.replace("exact", "approximate", 1), *kept])
     return p, mc_se, {"note": note}
 
 

@@ -275,8 +275,8 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         ----------
         type : {1, 2, 3}
             Sequential; adjusted for all terms that do not contain the term; marginal, as with
-            sum-to-zero coding whatever the contrasts in use. F is free of the coding;
-            Satterthwaite's ``den_df`` of several numerator df may depend on it slightly.
+            sum-to-zero coding whatever the contrasts in use. Type III is free of the coding,
+            Satterthwaite's ``den_df`` included, which are lmerTest's; of types I and II F is.
         df, information, second_order
             See the class and :meth:`vcov`.
         vcov, group, correction

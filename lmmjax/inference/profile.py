@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import components, optimize
+from lmmjax import derivatives as dv
 from lmmjax import likelihood as lk
 from lmmjax.covariance import Unstructured
 from lmmjax.errors import ComparisonError, LmmError
@@ -46,8 +47,12 @@ if TYPE_CHECKING:
     from lmmjax.fit import Fit
 
 
-#: columns of Z in a dense core, above which Hessians by automatic differentiation take minutes
-MOST = 300
+#: columns of Z in a dense core from which on a Hessian costs much more than a gradient: it is then
+#: made once in a while, and Newton's method runs on an old one
+LARGE = 300
+
+#: evaluations of an optimum with an old Hessian after which a new one is made for the next
+TOLD = 12
 
 #: κ of a residual parameter times its squared standard error, and targets until its value is met
 STIFF, MOST_TARGETS = 1e3, 40
@@ -102,7 +107,8 @@ def criterion(layout: Layout, w: jax.Array, held: Held, products: Products) -> j
     entering = jnp.where(held.squared > 0, w**2, w)
     theta = held.M @ entering + held.constant + held.along * jnp.exp(-log_sigma)
     s2 = jnp.exp(2 * log_sigma)
-    red = lk.reduce(layout, theta, gram, rhs, held.units)
+    reduce = dv.reduce if layout.d > LARGE else lk.reduce
+    red = reduce(layout, theta, gram, rhs, held.units)
     both = [lk.deviance(red, method, s2) for method in ("ML", "REML")]
     value = both[0] + held.reml * (both[1] - both[0]) + excess
     if red.p == 0:
@@ -131,11 +137,37 @@ def minimise(
         hessian, (value, gradient) = jax.jacfwd(slope, has_aux=True)(w)
         return value, gradient, hessian
 
-    best = optimize.newton(vgh, w, max_iter=MOST_STEPS)
+    return _judged(optimize.newton(vgh, w, max_iter=MOST_STEPS))[:3]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def minimise_by(
+    layout: Layout, w: jax.Array, hessian: jax.Array, held: Held, products: Products
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """:func:`minimise` with a given Hessian, and the number of evaluations: linear convergence."""
+
+    def vgh(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        value, gradient = jax.value_and_grad(criterion, argnums=1)(layout, w, held, products)
+        return value, gradient, hessian
+
+    return _judged(optimize.newton(vgh, w, max_iter=MOST_STEPS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def curvature(layout: Layout, w: jax.Array, held: Held, products: Products) -> jax.Array:
+    """Hessian of :func:`criterion`, one column at a time: memory of one gradient."""
+    gradient = jax.grad(criterion, argnums=1)
+    column = lambda e: jax.jvp(lambda x: gradient(layout, x, held, products), (w,), (e,))[1]  # noqa: E731
+    return jax.lax.map(column, jnp.eye(len(w), dtype=w.dtype))
+
+
+def _judged(best: optimize.Optimum) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Place, value, status with plateaus counted as found, and the evaluations."""
     e, Q = jnp.linalg.eigh(best.hessian)
     promised = 0.5 * jnp.sum((Q.T @ best.gradient) ** 2 / jnp.maximum(jnp.abs(e), 1e-12))
     flat = (best.status == optimize.MAX_ITERATIONS) & (promised < FLAT)
-    return best.theta, best.value, jnp.where(flat, optimize.CONVERGED, best.status)
+    status = jnp.where(flat, optimize.CONVERGED, best.status)
+    return best.theta, best.value, status, best.n_evals
 
 
 # -------------------------------------------------------------------------------------------------
@@ -182,6 +214,7 @@ class Profiler:
         self.layout = fit.model._plan.layout
         self.scale = fit.model._units.scale
         self.constant = fit.model._units.constant(fit.method)
+        self._hessians: dict[str, Any] = {}  # of each parameter's last optimum, large cores
         self._ends = np.cumsum([0, *(s.n_theta for s in self.layout.structures)])
 
     def deviance(self, parameter: Parameter, value: float, w: np.ndarray) -> tuple[float, Any]:
@@ -205,7 +238,7 @@ class Profiler:
         held = parameter.hold(target)
         arrays, model = jax.tree.map(lambda a: np.asarray(a, float), held), self.fit.model
         products = model._prepared[2] if model.is_structured else model._on_device
-        place, found, status = jax.device_get(minimise(self.layout, w, arrays, products))
+        place, found, status = self._minimise(parameter.name, w, arrays, products)
         if status in (optimize.MAX_ITERATIONS, optimize.NOT_FINITE):
             raise ComparisonError(
                 f"the profile of {parameter.name} at {target:.6g}: "
@@ -217,6 +250,17 @@ class Profiler:
             miss = parameter.scale(parameter.reported(place)) - target
             value -= float(held.penalty) * miss**2
         return value, place
+
+    def _minimise(self, name: str, w: Any, held: Held, products: Products) -> tuple[Any, Any, Any]:
+        layout = self.layout
+        if layout.d <= LARGE:
+            return jax.device_get(minimise(layout, w, held, products))
+        hessian = self._hessians.get(name)
+        if hessian is None:
+            hessian = curvature(layout, w, held, products)
+        *found, evaluations = jax.device_get(minimise_by(layout, w, hessian, held, products))
+        self._hessians[name] = hessian if evaluations <= TOLD else None
+        return tuple(found)
 
     # -- variance parameters ----------------------------------------------------------------------
 
@@ -403,12 +447,6 @@ def _away(theta: np.ndarray, structure: Any) -> np.ndarray:
 
 
 def _check(fit: Fit) -> None:
-    d = fit.model._plan.layout.d
-    if d > MOST:
-        raise LmmError(
-            f"found {d} random effects in the dense core of crossed factors; profile likelihoods "
-            f"are made for at most {MOST}. Use method='wald' or 'bootstrap'."
-        )
     if not fit.converged:
         raise ComparisonError(
             f"the fit did not converge; expected an optimum to profile from. {fit.message}"

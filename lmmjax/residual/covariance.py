@@ -54,6 +54,23 @@ def normalise(r: Residuals | None, phi: np.ndarray, values: np.ndarray) -> np.nd
     return out
 
 
+def whitening(r: Residuals | None, phi: np.ndarray, weights: np.ndarray) -> Any:
+    """Sparse W (n, n) with W R W' = I: L⁻¹ of each subject, over the SD of its rows."""
+    from scipy.sparse import csr_array, diags_array
+
+    n, scale = len(weights), diags_array(1.0 / relative_sd(r, phi, weights))
+    if r is None or not r.correlated:
+        return scale.tocsr()
+    entries, into, of = [], [], []
+    for rows, mask, L in zip(*roots(r, phi), strict=True):
+        real = mask[:, :, None] & mask[:, None, :] & np.tri(L.shape[1], dtype=bool)
+        entries.append(np.linalg.inv(L)[real])
+        into.append(np.broadcast_to(rows[:, :, None], L.shape)[real])
+        of.append(np.broadcast_to(rows[:, None, :], L.shape)[real])
+    joined = np.concatenate(entries), (np.concatenate(into), np.concatenate(of))
+    return csr_array(joined, shape=(n, n)) @ scale
+
+
 def correlate(r: Residuals | None, phi: np.ndarray) -> Any:
     """A function that turns white noise (n,) into noise with the subjects' correlation."""
     if r is None or not r.correlated:
