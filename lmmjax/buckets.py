@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmmjax.cross import Cross
+from lmmjax.cross import Cross, Pairs
 from lmmjax.gram import Gram, Layout, Rhs
 
 #: a dense core is factorised in cubic time: beyond this many columns padding would cost
@@ -159,15 +159,20 @@ def _spread(a: Any, positions: np.ndarray, size: int, axis: int) -> np.ndarray:
 def _pad_cross(cross: Cross, d: int, to: int) -> Cross:
     """Entries and pairs of value 0 appended; the core of a sparse layout keeps its columns."""
     assert d == to, "the core of a sparse layout is not padded"
-    m, cells = bucket(len(cross.level), 8), bucket(len(cross.cells), 8)
-    rows = bucket(len(cross.pair_level), 8)
-    more = [(0, rows - len(cross.pair_level)), (0, 0)]
-    return Cross(
-        _levels(cross.level, m),
-        _levels(cross.column, m),
-        _levels(cross.value, m),
-        _levels(cross.cells, cells),
-        _levels(cross.pair_level, rows),
-        np.pad(cross.pair_cell, more),
-        np.pad(cross.pair_value, [(0, 0), (0, 0), *more]),
+    m = bucket(len(cross.level), 8)
+    level, column, value = (_levels(a, m) for a in cross[:3])
+    return Cross(level, column, value, _pad_pairs(cross.pairs))
+
+
+def _pad_pairs(pairs: Pairs | Any) -> Any:
+    """Cells and rows appended; circles, of which there are many pairs, stay."""
+    if not isinstance(pairs, Pairs):
+        return pairs
+    rows = bucket(len(pairs.level), 8)
+    more = [(0, rows - len(pairs.level)), (0, 0)]
+    return Pairs(
+        _levels(pairs.cells, bucket(len(pairs.cells), 8)),
+        _levels(pairs.level, rows),
+        np.pad(pairs.cell, more),
+        np.pad(pairs.value, [(0, 0), (0, 0), *more]),
     )
