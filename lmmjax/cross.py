@@ -8,9 +8,7 @@ Pairs of one level stand in rows of equal length, so that a row shares its G_j a
 it is scattered; the cells of the core that pairs fall into (142,330 of 652,653) are a list of their
 own, small enough to stay in a cache while the pairs are gone through.
 
-Where there are too many pairs to keep (1,000,000 ratings of 3,706 films by 6,040 users have 140
-million) only the entries are kept (`Circles`), and a pass forms the pairs as it goes: each entry of
-a level with the k-th after it in a circle, k = 0, 1, ... up to half the circle.
+Where there are too many pairs to keep, they are formed as a pass goes along (crowded.py).
 
 Whether entries or dense blocks are used is decided by count, see :func:`pays`.
 """
@@ -23,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmmjax import crowded
+from lmmjax.crowded import TRUSTED
+
 #: a pair costs as much as this many products of a dense matrix multiplication (measured)
 PAIR_COST = 250
 
 #: more pairs than this are not kept, they would need gigabytes
 MOST_PAIRS = 30_000_000
-
-#: entries whose pairs are formed at a time where pairs are not kept
-CHUNK = 1 << 14
 
 #: the longest row of pairs, whose sum is written out
 LONGEST_ROW = 16
@@ -52,28 +50,13 @@ class Pairs(NamedTuple):
     value: Any  # (S, S, rows, length)
 
 
-class Circles(NamedTuple):
-    """The entries of each level in a circle, levels with most entries first; filled up to chunks.
-
-    ``chunk`` and ``step`` are all chunks with all steps k that some entry of them takes.
-    """
-
-    level: Any  # (m,) int32
-    column: Any  # (m,) int
-    value: Any  # (S, m)
-    first: Any  # (m,) int32, where the circle begins
-    size: Any  # (m,) int32, of the circle; 0 where there is no entry
-    chunk: Any  # (tasks,) int32
-    step: Any  # (tasks,) int32
-
-
 class Cross(NamedTuple):
     """B = Z₁'R⁻¹Z_c by its non-zero entries, sorted by level, then by column."""
 
     level: Any  # (m,) int32
     column: Any  # (m,) int32
     value: Any  # (S, m)
-    pairs: Any  # Pairs or Circles
+    pairs: Any  # Pairs or Crowd
 
 
 # -------------------------------------------------------------------------------------------------
@@ -105,7 +88,12 @@ def count_pairs(codes: np.ndarray, J: int, parts: list[tuple[np.ndarray, int, in
 
 
 def pays(pairs: int, S: int, J: int, d: int) -> bool:
-    """Whether going through pairs is cheaper than dense products of (d, S J) matrices."""
+    """Whether going through pairs is cheaper than dense products of (d, S J) matrices.
+
+    Pairs that are not kept are gone through step by step, which is nothing for an accelerator.
+    """
+    if pairs > MOST_PAIRS and jax.default_backend() != "cpu":
+        return False
     return pairs * S * PAIR_COST < J * d * d
 
 
@@ -150,13 +138,8 @@ def from_entries(where: np.ndarray, what: np.ndarray, value: np.ndarray, J: int,
     where, what, value = where[order], what[order], value[:, order]
     sizes = np.bincount(where, minlength=J)
     many = np.sum(sizes * (sizes + 1)) / 2 > MOST_PAIRS
-    pairs = (_circles if many else _listed)(where, what, value, J, d)
+    pairs = (crowded.from_entries if many else _listed)(where, what, value, J, d)
     return Cross(where.astype(np.int32), what.astype(np.int32), value, pairs)
-
-
-def _cell_type(d: int) -> Any:
-    """An integer type for cells of the core, with its border too."""
-    return np.int32 if d < 40_000 else np.int64
 
 
 def _listed(where: np.ndarray, what: np.ndarray, value: np.ndarray, J: int, d: int) -> Pairs:
@@ -169,31 +152,7 @@ def _listed(where: np.ndarray, what: np.ndarray, value: np.ndarray, J: int, d: i
     pair_value = np.zeros((len(value), len(value), *shape))
     flat = pair_value.reshape(*pair_value.shape[:2], -1)
     flat[..., place] = value[:, None, first] * value[None, :, second]
-    return Pairs(cells.astype(_cell_type(d)), level, pair_cell, pair_value)
-
-
-def _circles(where: np.ndarray, what: np.ndarray, value: np.ndarray, J: int, d: int) -> Circles:
-    """Circles of sorted entries."""
-    size = np.bincount(where, minlength=J)[where]
-    order = np.argsort(-size, kind="stable")
-    chunks = -(-len(order) // CHUNK)
-    size = np.pad(size[order], (0, chunks * CHUNK - len(order)))
-    filled = [np.pad(a[order], (0, len(size) - len(order))) for a in (where, what, *value)]
-    starts = np.zeros(J, int)
-    entries = filled[0][: len(order)]
-    starts[entries[::-1]] = np.arange(len(order))[::-1]
-    steps = size[::CHUNK] // 2 + 1
-    chunk = np.repeat(np.arange(chunks), steps)
-    step = np.arange(len(chunk)) - (np.cumsum(steps) - steps)[chunk]
-    return Circles(
-        filled[0].astype(np.int32),
-        filled[1].astype(_cell_type(d)),
-        np.stack(filled[2:]),
-        np.where(size > 0, starts[filled[0]], 0).astype(np.int32),
-        size.astype(np.int32),
-        chunk.astype(np.int32),
-        step.astype(np.int32),
-    )
+    return Pairs(cells.astype(crowded.cell_type(d)), level, pair_cell, pair_value)
 
 
 def _rows(level: np.ndarray, J: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
@@ -230,10 +189,6 @@ def _pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # -------------------------------------------------------------------------------------------------
 
 
-#: the lists hold no index that is negative or too large: none is tested
-_TRUSTED: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
-
-
 def conjugate_levels(cross: Cross, G: jax.Array, d: int) -> jax.Array:
     """Σ_j B_j'G_jB_j for symmetric G_j: (S, S, J) -> (d, d)."""
     return -subtract_levels(cross, G, jnp.zeros((d, 0), G.dtype), jnp.zeros((d, d), G.dtype))
@@ -257,114 +212,58 @@ def subtract_levels(cross: Cross, G: jax.Array, beside: jax.Array, core: jax.Arr
     d = m - p
     if isinstance(cross.pairs, Pairs):
         half, row, column = _listed_products(cross.pairs, G, d)
-        out = core.reshape(-1).at[row * m + column].add(-half, **_TRUSTED)
-        out = out.at[column * m + row].add(-half, **_TRUSTED).reshape(m, m)
+        out = core.reshape(-1).at[row * m + column].add(-half, **TRUSTED)
+        out = out.at[column * m + row].add(-half, **TRUSTED).reshape(m, m)
     else:
-        half = _circle_products(cross.pairs, G, d)
+        half = crowded.half_products(cross.pairs, G, d)
         out = core.at[:d, :d].add(-(half + half.T))
     return out.at[:, d:].add(-beside).at[d:, :d].add(-beside[:d].T)
 
 
 def _listed_products(pairs: Pairs, G: jax.Array, d: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Σ_j B_j'G_jB_j by cell, half of what stands on the diagonal; rows and columns."""
-    products = pairs.value * G.at[..., pairs.level].get(**_TRUSTED)[..., None]
+    products = pairs.value * G.at[..., pairs.level].get(**TRUSTED)[..., None]
     cells = jnp.zeros(pairs.cells.shape, G.dtype)
-    cells = cells.at[pairs.cell.reshape(-1)].add(products.sum((0, 1)).reshape(-1), **_TRUSTED)
+    cells = cells.at[pairs.cell.reshape(-1)].add(products.sum((0, 1)).reshape(-1), **TRUSTED)
     row, column = pairs.cells // d, pairs.cells % d
     return jnp.where(row == column, 0.5 * cells, cells), row, column
 
 
-class _Met(NamedTuple):
-    """Pairs of a chunk's entries with those some steps on; the share is 0 where there is none."""
-
-    column: jax.Array  # (CHUNK,)
-    value: jax.Array  # (S, CHUNK)
-    share: jax.Array  # (CHUNK,) 1, or 1/2 of a pair that is met twice or mirrors itself
-
-
-def _chunk(task: jax.Array, circles: Circles, a: jax.Array) -> jax.Array:
-    """Those of (..., m) numbers that belong to a task's entries."""
-    return jax.lax.dynamic_slice_in_dim(a, circles.chunk[task] * CHUNK, CHUNK, axis=-1)
-
-
-def _meet(task: jax.Array, circles: Circles) -> _Met:
-    k, at = circles.step[task], circles.chunk[task] * CHUNK + jnp.arange(CHUNK)
-    first, size = (_chunk(task, circles, a) for a in (circles.first, circles.size))
-    share = jnp.where((2 * k == size) | ((k == 0) & (size > 0)), 0.5, 1.0 * (2 * k < size))
-    end = first + size
-    other = jnp.where(share > 0.0, at + k - jnp.where(at + k >= end, size, 0), at)
-    column = circles.column.at[other].get(**_TRUSTED)
-    value = circles.value.at[:, other].get(**_TRUSTED)
-    return _Met(column, value, share.astype(value.dtype))
-
-
-def _circle_products(circles: Circles, G: jax.Array, d: int) -> jax.Array:
-    """Σ_j B_j'G_jB_j with one of each two mirrored pairs, (d, d)."""
-    circles = Circles(*map(jnp.asarray, circles))
-    mine = G.at[..., circles.level].get(**_TRUSTED)
-    scaled = jnp.sum(mine * circles.value[:, None], axis=0)  # G_j v, (S, m)
-
-    def add(task: jax.Array, half: jax.Array) -> jax.Array:
-        met = _meet(task, circles)
-        products = met.share * jnp.sum(_chunk(task, circles, scaled) * met.value, axis=0)
-        cells = _chunk(task, circles, circles.column) * d + met.column
-        return half.at[cells].add(products, **_TRUSTED)
-
-    half = jax.lax.fori_loop(0, len(circles.step), add, jnp.zeros(d * d, G.dtype))
-    return half.reshape(d, d)
-
-
 def conjugate_core(cross: Cross, Q: jax.Array, J: int) -> jax.Array:
     """B_jQB_j' per level for symmetric Q: (d, d) -> (S, S, J)."""
-    S = len(cross.value)
-    lower = jnp.zeros((S, S, J), Q.dtype)
     if isinstance(cross.pairs, Pairs):
-        lower = lower.at[..., cross.pairs.level].add(_listed_sums(cross.pairs, Q), **_TRUSTED)
+        S = len(cross.value)
+        half = jnp.zeros((S, S, J), Q.dtype)
+        half = half.at[..., cross.pairs.level].add(_listed_sums(cross.pairs, Q), **TRUSTED)
     else:
-        lower = lower.at[..., cross.pairs.level].add(_circle_sums(cross.pairs, Q), **_TRUSTED)
-    return lower + jnp.swapaxes(lower, 0, 1)
+        half = crowded.half_sums(cross.pairs, Q, J)
+    return half + jnp.swapaxes(half, 0, 1)
 
 
 def _listed_sums(pairs: Pairs, Q: jax.Array) -> jax.Array:
     """One of each two mirrored pairs, summed along the rows: (S, S, rows)."""
     d = Q.shape[0]
-    picked = Q.reshape(-1).at[pairs.cells].get(**_TRUSTED)
+    picked = Q.reshape(-1).at[pairs.cells].get(**TRUSTED)
     half = jnp.where(pairs.cells // d == pairs.cells % d, 0.5 * picked, picked)
     # written out once: left to itself, the compiler looks every pair up in Q
     half = jax.lax.optimization_barrier(half)
     first, *others = (
-        pairs.value[..., k] * half.at[pairs.cell[:, k]].get(**_TRUSTED)
+        pairs.value[..., k] * half.at[pairs.cell[:, k]].get(**TRUSTED)
         for k in range(pairs.cell.shape[1])
     )
     return sum(others, first)
 
 
-def _circle_sums(circles: Circles, Q: jax.Array) -> jax.Array:
-    """One of each two mirrored pairs, summed over the steps: (S, S, m)."""
-    circles = Circles(*map(jnp.asarray, circles))
-    flat, d, S = Q.reshape(-1), Q.shape[0], len(circles.value)
-
-    def add(task: jax.Array, sums: jax.Array) -> jax.Array:
-        met, start = _meet(task, circles), circles.chunk[task] * CHUNK
-        cells = _chunk(task, circles, circles.column) * d + met.column
-        own = _chunk(task, circles, circles.value) * (met.share * flat.at[cells].get(**_TRUSTED))
-        more = _chunk(task, circles, sums) + own[:, None] * met.value
-        return jax.lax.dynamic_update_slice_in_dim(sums, more, start, axis=-1)
-
-    none = jnp.zeros((S, S, circles.level.shape[0]), Q.dtype)
-    return jax.lax.fori_loop(0, len(circles.step), add, none)
-
-
 def to_core(cross: Cross, x: jax.Array, d: int) -> jax.Array:
     """Σ_j B_j'x_j: (S, k, J) -> (d, k)."""
-    rows = jnp.moveaxis(x, -1, 0).at[cross.level].get(**_TRUSTED)
+    rows = jnp.moveaxis(x, -1, 0).at[cross.level].get(**TRUSTED)
     rows = jnp.sum(cross.value.T[..., None] * rows, axis=1)
-    return jnp.zeros((d, x.shape[1]), x.dtype).at[cross.column].add(rows, **_TRUSTED)
+    return jnp.zeros((d, x.shape[1]), x.dtype).at[cross.column].add(rows, **TRUSTED)
 
 
 def from_core(cross: Cross, v: jax.Array, J: int) -> jax.Array:
     """B_j v per level: (d, k) -> (S, k, J)."""
-    rows = cross.value.T[..., None] * v.at[cross.column].get(**_TRUSTED)[:, None]
+    rows = cross.value.T[..., None] * v.at[cross.column].get(**TRUSTED)[:, None]
     # levels first while it is summed: side by side, the columns of an entry are added as one
-    out = jnp.zeros((J, *rows.shape[1:]), v.dtype).at[cross.level].add(rows, **_TRUSTED)
+    out = jnp.zeros((J, *rows.shape[1:]), v.dtype).at[cross.level].add(rows, **TRUSTED)
     return jnp.moveaxis(out, 0, -1)

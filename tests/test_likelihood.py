@@ -15,7 +15,7 @@ import pytest
 from designs import dense, design, factor_codes, layouts, problem, random_theta
 
 import lmmjax as lmm
-from lmmjax import buckets, cross, derivatives, estimate, gram, optimize, start
+from lmmjax import buckets, cross, crowded, derivatives, estimate, gram, optimize, start
 from lmmjax import likelihood as lk
 from lmmjax.precision import float64
 
@@ -394,22 +394,23 @@ def test_small_factors_of_a_large_core_have_an_exact_curvature(
     assert np.max(np.abs((mixed - hessian)[np.ix_(rest, rest)])) > 1e-3
 
 
-@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("popular", [None, 0, 4, 9])
 @pytest.mark.parametrize("most", [1, 3, 9])
 def test_products_by_entry_equal_dense_ones(
-    most: int, listed: bool, monkeypatch: pytest.MonkeyPatch
+    most: int, popular: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the number of entries a level has; with the padding of buckets, too."""
-    if not listed:
+    if popular is not None:  # pairs are not kept
         monkeypatch.setattr(cross, "MOST_PAIRS", 0)
-        monkeypatch.setattr(cross, "CHUNK", 16)
+        monkeypatch.setattr(crowded, "CHUNK", 16)
+        monkeypatch.setattr(crowded, "_popular", lambda *_: popular)
     rng = np.random.default_rng(most)
     S, J, d, p = 2, 40, 9, 2
     there = rng.random((J, d)).argsort(axis=1) < rng.integers(0, most + 1, J)[:, None]
     level, column = np.nonzero(there)
     B = rng.normal(size=(S, J, d)) * there
     lists = cross.from_entries(level, column, B[:, level, column], J, d)
-    assert isinstance(lists.pairs, cross.Pairs) == listed
+    assert isinstance(lists.pairs, cross.Pairs) == (popular is None)
     lists = buckets._pad_cross(lists, d, d)
     G, Q = rng.normal(size=(S, S, J)), rng.normal(size=(d, d))
     G, Q = jnp.asarray(G + G.swapaxes(0, 1)), jnp.asarray(Q + Q.T)
