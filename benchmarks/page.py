@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import LIMIT, Result, results
+from benchmarks.measure import Result, results
 from benchmarks.peers import LIBRARIES
 from benchmarks.problems import GROWTH, PROBLEMS, Problem
 
@@ -86,8 +86,8 @@ def machine() -> list[str]:
         "",
         "Made by `make bench`. Every library runs in an environment of its own, in a process of "
         "its own, pinned to one core, with one thread for BLAS, OpenMP and Rayon. Medians of warm "
-        f"calls. A library that has not finished all its calls on a problem in {LIMIT:.0f} s is "
-        "said to be over that limit; a first call longer than 30 s is not repeated.",
+        "calls. A library that has not finished all its calls on a problem within a limit is said "
+        "to be over it; a first call longer than 30 s is not repeated.",
         "",
         f"{hardware()} Versions: {versions}. Load average when "
         f"this page was written: {os.getloadavg()[1]:.1f} (above 1.5 the machine was shared: trust "
