@@ -14,7 +14,17 @@ import numpy as np
 
 from lmmjax.covariance import covariance
 from lmmjax.design import LARGE, Design
-from lmmjax.gram import DENSE, Gram, Plan, Rhs, Standardised, Units, parents, shift_matrix
+from lmmjax.gram import (
+    DENSE,
+    Gram,
+    Plan,
+    Rhs,
+    Standardised,
+    Units,
+    Workspace,
+    parents,
+    shift_matrix,
+)
 from lmmjax.late import moments_of, rows_of
 from lmmjax.totals import empty_totals, sum_standardised
 
@@ -73,7 +83,7 @@ def products(design: Design, plan: Plan) -> tuple[Units, Gram, Rhs] | None:
     terms = [_term(design, k, x) for k in range(len(design.terms))]
     if not all(np.isfinite(t.B).all() for t in terms):
         return None
-    sums = empty_totals(plan)
+    sums, space = empty_totals(plan), Workspace()
     size = max(LARGE, *(2 * J for _, _, J in (*layout.chain, *layout.core)), 0)
     for start in range(0, n, size):
         rows = slice(start, start + size)
@@ -87,7 +97,8 @@ def products(design: Design, plan: Plan) -> tuple[Units, Gram, Rhs] | None:
             for k, t in enumerate(terms)
         ]
         codes = [term.codes[rows] for term in design.terms]
-        sums.add(sum_standardised(Standardised(X, y, tuple(Z), None), codes, None, plan))  # type: ignore[arg-type]
+        standard = Standardised(X, y, tuple(Z), None)  # type: ignore[arg-type]
+        sums.add(sum_standardised(standard, codes, None, plan, space))
     A = shift_matrix(constant, x.mean, x.size)
     beta0 = constant * mean[-1] + A @ np.append(0.0, slopes)
     units = Units(A, beta0, scale, tuple(t.B for t in terms), float(np.linalg.slogdet(A)[1]), n, p)

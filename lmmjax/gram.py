@@ -17,6 +17,7 @@ small blocks is arithmetic on long contiguous vectors.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -406,6 +407,20 @@ class Rhs(NamedTuple):
     yy: Any  # ()
 
 
+class Workspace:
+    """Arrays by name that the next batch of rows overwrites: new memory costs a third of a pass."""
+
+    def __init__(self) -> None:
+        self._memory: dict[Any, np.ndarray] = {}
+
+    def __call__(self, name: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an array of any content; the one of this name before is lost."""
+        size = math.prod(shape)
+        if name not in self._memory or self._memory[name].size < size:
+            self._memory[name] = np.empty(size)
+        return self._memory[name][:size].reshape(shape)
+
+
 class LevelSums:
     """Sums of an n-vector by the levels of one factor; fast where the rows are sorted by it."""
 
@@ -499,15 +514,18 @@ def _factor_products(
     left: int,
     s: Standardised,
     w: np.ndarray | None,
+    space: Workspace,
 ) -> _FactorProducts:
     """Products of one factor's columns with themselves, those above, the core, X and y.
 
     ``left`` columns of the core stand in the border before X: all, or none in a sparse layout.
     """
     level_sum, p = LevelSums(codes, f.J), s.X.shape[1]
-    own, rhs = np.empty((f.S, f.S, f.J)), np.empty((f.S, f.J))
-    up = tuple(np.empty((f.S, other.shape[1], f.J)) for other in above)
-    border = np.empty((f.S, left + p, f.J))
+    name, product = f.terms, space("product", s.y.shape)
+    own, rhs = space((name, "own"), (f.S, f.S, f.J)), space((name, "y"), (f.S, f.J))
+    widths = enumerate(other.shape[1] for other in above)
+    up = tuple(space((name, k), (f.S, width, f.J)) for k, width in widths)
+    border = space((name, "border"), (f.S, left + p, f.J))
     twins = [_twin(column, s.X) for column in z.T]
     for i, column in enumerate(z.T):
         wz = _weighted(column, w)
@@ -517,22 +535,29 @@ def _factor_products(
             if twin is not None and before < i:  # the product of these two is known
                 border[i, left + j] = border[before, left + twin]
             else:
-                border[i, left + j] = level_sum(x if unit else wz * x)
+                border[i, left + j] = level_sum(x if unit else np.multiply(wz, x, out=product))
         for t in range(i, f.S):
             twin = twins[t]
-            product = level_sum(wz * z[:, t]) if twin is None else border[i, left + twin]
-            own[i, t] = own[t, i] = product
+            if twin is None:
+                own[i, t] = level_sum(np.multiply(wz, z[:, t], out=product))
+            else:
+                own[i, t] = border[i, left + twin]
+            own[t, i] = own[i, t]
         for block, other in zip(up, above, strict=True):
             for t in range(other.shape[1]):
-                block[i, t] = level_sum(wz * other[:, t])
+                block[i, t] = level_sum(np.multiply(wz, other[:, t], out=product))
         if left:
             border[i, :left] = _core_columns(core, codes, f.J, wz)
-        rhs[i] = level_sum(s.y if unit else wz * s.y)
+        rhs[i] = level_sum(s.y if unit else np.multiply(wz, s.y, out=product))
     return _FactorProducts(own, up, border, rhs)
 
 
 def crossproducts(
-    design: Any, the_plan: Plan, standardised: Standardised, parents: Any = None
+    design: Any,
+    the_plan: Plan,
+    standardised: Standardised,
+    parents: Any = None,
+    space: Workspace | None = None,
 ) -> tuple[Gram, Rhs]:
     """Sum the products of all columns, once over the rows.
 
@@ -542,6 +567,8 @@ def crossproducts(
         The rows to sum over; for a part of the rows, the plan and units of the whole.
     parents : nested tuple of int arrays, optional
         ``Gram.parent`` of the whole data, where only a part of the rows is at hand.
+    space : Workspace, optional
+        Where the products by level are made, if they are used before the next call with it.
 
     Returns
     -------
@@ -561,10 +588,11 @@ def crossproducts(
     d, sparse = the_plan.layout.d, the_plan.layout.sparse
     left = 0 if sparse else d  # columns of the core in the dense border
     own, up, parent, border, rhs_border = [], [], [], [], []
+    space = Workspace() if space is None else space
     stacked = [_stack(standardised, f) for f in chain]
     for i, f in enumerate(chain):
         made = _factor_products(
-            f, codes[f.group], stacked[i], stacked[i + 1 :], core, left, standardised, w
+            f, codes[f.group], stacked[i], stacked[i + 1 :], core, left, standardised, w, space
         )
         own.append(made.own)
         up.append(made.up)

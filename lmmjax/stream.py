@@ -21,7 +21,7 @@ from lmmjax import design as ds
 from lmmjax.errors import DataError, DesignError
 from lmmjax.expr import Name, Node, deparse
 from lmmjax.formula import ParsedFormula, expand, parse
-from lmmjax.gram import Gram, Plan, Rhs, Units, arrange
+from lmmjax.gram import Gram, Plan, Rhs, Units, Workspace, arrange
 from lmmjax.rank import ColumnJudge, proves_rank
 from lmmjax.scout import Learned, Scouted, scout
 from lmmjax.source import ROWS, Source, open_source
@@ -162,12 +162,12 @@ class Encoder:
 
     def sum(self, batches: Iterator[pa.RecordBatch]) -> Sums:
         """Sum over batches; those of parts of a table add."""
-        sums = self.empty()
+        sums, space = self.empty(), Workspace()
         for batch in batches:
             read = self.read(batch)
             sums.counts.add(read, self.first)
             if read.n:
-                sums.totals.add(sum_batch(self.columns(read), self.plan, self.rough))
+                sums.totals.add(sum_batch(self.columns(read), self.plan, self.rough, space))
         return sums
 
 

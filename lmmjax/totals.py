@@ -211,10 +211,13 @@ def _window(codes: Array, J: int) -> tuple[Any, Array, int]:
     return levels, inside.astype(np.int32), levels.size
 
 
-def sum_batch(rows: Columns, plan: Plan, rough: Rough) -> Part:
-    """Sum the products of a batch, and what its exact units are found from."""
+def sum_batch(rows: Columns, plan: Plan, rough: Rough, space: gram.Workspace | None = None) -> Part:
+    """Sum the products of a batch, and what its exact units are found from.
+
+    The part is to be used before the next one is made in the same ``space``.
+    """
     standard = rough.apply(rows)
-    part = sum_standardised(standard, rows.codes, rows.weights, plan)
+    part = sum_standardised(standard, rows.codes, rows.weights, plan, space)
     part.flat["x"] = standard.X.sum(axis=0)
     part.flat["xx"] = np.einsum("ij,ij->j", standard.X, standard.X)
     part.flat["y2"] = np.asarray(np.sum((rows.y - rough.shift) ** 2))
@@ -225,7 +228,11 @@ def sum_batch(rows: Columns, plan: Plan, rough: Rough) -> Part:
 
 
 def sum_standardised(
-    standard: Standardised, codes: Sequence[Array], weights: Array | None, plan: Plan
+    standard: Standardised,
+    codes: Sequence[Array],
+    weights: Array | None,
+    plan: Plan,
+    space: gram.Workspace | None = None,
 ) -> Part:
     """Sum the products of some rows: `gram.crossproducts` on the levels that they have."""
     codes = list(codes)
@@ -244,7 +251,7 @@ def sum_standardised(
         has_weights=weights is not None,
     )
     skip = tuple(tuple(None for _ in chain[i + 1 :]) for i in range(len(chain)))
-    sums, rhs = gram.crossproducts(design, local, standard, parents=skip)
+    sums, rhs = gram.crossproducts(design, local, standard, parents=skip, space=space)
     levels = [[sums.own[i], *sums.up[i], sums.border[i], rhs.border[i]] for i in range(len(chain))]
     flat = {
         "core": sums.core,
