@@ -185,7 +185,9 @@ def column_value(series: pd.Series, name: str) -> Value:
 def _floats(series: pd.Series) -> np.ndarray:
     if isinstance(series.dtype, np.dtype):
         return series.to_numpy().astype(np.float64, copy=False)
-    return series.to_numpy(dtype=np.float64, na_value=np.nan)
+    # a nullable float column without a missing value would lend its own memory, for writing
+    lent = not isinstance(series.dtype, pd.ArrowDtype)
+    return series.to_numpy(dtype=np.float64, na_value=np.nan, copy=lent)
 
 
 def _object_value(series: pd.Series, name: str) -> Value:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 
 import lmmjax as lmm
@@ -123,21 +126,90 @@ def test_late_rows_have_the_same_bits_also_after_pickling(
             assert list(t.levels) == list(wanted.levels)
 
 
-@pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("as_dict", [False, True])
-def test_writing_to_the_data_afterwards_changes_nothing(as_dict: bool, table: pd.DataFrame) -> None:
-    data = {name: table[name].to_numpy().copy() for name in table} if as_dict else table.copy()
-    model = lmm.Model("y ~ x + v + (x | g)", data)
-    if isinstance(data, dict):
-        data["x"][:], data["y"][:] = 0.0, 1.0
-    else:
-        data.loc[:, "x"] = 0.0
-        data.iloc[5:, 0] = 1.0
-        data["v"] = "text"
-    np.testing.assert_array_equal(model.design.X[:, 1], table["x"])
-    np.testing.assert_array_equal(model.design.X[:, 2], table["v"])
-    np.testing.assert_array_equal(model.design.terms[0].z[:, 1], table["x"])
+KINDS = ["float64", "Float64", "float64[pyarrow]", "arrays", "series", "polars"]
+
+
+def _written_to(kind: str, table: pd.DataFrame, names: str) -> tuple[object, Callable[[], None]]:
+    """Data of a kind, and what writes to its columns afterwards."""
+    if kind == "arrays":
+        arrays = {name: table[name].to_numpy().copy() for name in table}
+
+        def fill() -> None:
+            for c in names:
+                arrays[c].fill(1.0)
+
+        return arrays, fill
+    if kind == "series":
+        series = {c: table[c].astype("Float64") if c in names else table[c] for c in table}
+
+        def write_series() -> None:
+            for c in names:
+                series[c].iloc[2:90] = 1.0
+
+        return series, write_series
+    if kind == "polars":
+        frame = pl.from_pandas(table)
+
+        def write() -> None:
+            for c in names:
+                frame[3, c] = 1.0
+                frame.get_column(c)[5] = 2.0
+
+        return frame, write
+    data = table.copy()
+    for c in names:
+        data[c] = pd.array(table[c].to_numpy().copy(), dtype=kind)
+
+    def write_slices() -> None:
+        for c in names:
+            data.loc[10:400, c] = 1.0
+            data.iloc[500:, data.columns.get_loc(c)] = 2.0
+        data.loc[:, names[0]] = 3.0
+
+    return data, write_slices
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_writing_to_the_data_afterwards_changes_nothing(
+    kind: str, size: str, table: pd.DataFrame, request: pytest.FixtureRequest
+) -> None:
+    if size == "large":
+        request.getfixturevalue("large")
+    data, write = _written_to(kind, table, "yxv")
+    model = lmm.Model("y ~ x + (v | g)", data)
+    gc.collect()  # what nobody holds protects nothing
+    write()
     np.testing.assert_array_equal(model.design.y, table["y"])
+    np.testing.assert_array_equal(model.design.X[:, 1], table["x"])
+    np.testing.assert_array_equal(model.design.terms[0].z[:, 1], table["v"])
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "boolean", "int64[pyarrow]", "Float32"])
+def test_writing_to_other_columns_changes_nothing(dtype: str, table: pd.DataFrame) -> None:
+    whole = table["small"].to_numpy() > 0 if dtype == "boolean" else table["small"].to_numpy()
+    data = table.copy()
+    data["k"] = pd.array(whole, dtype=dtype)
+    model = lmm.Model("k ~ x + (1 | g)", data)
+    gc.collect()
+    data.loc[3:300, "k"] = data["k"].iloc[0]
+    np.testing.assert_array_equal(model.design.y, whole)
+
+
+@pytest.mark.usefixtures("large")
+def test_columns_are_replaced_afterwards(table: pd.DataFrame) -> None:
+    data = table.copy()
+    model = lmm.Model("y ~ x + v + (x | g)", data)
+    data["v"] = "text"
+    np.testing.assert_array_equal(model.design.X[:, 2], table["v"])
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("response", ["np.greater(v, 1.5)", "v > 1.5", "np.int32(10 * v)", "small"])
+def test_whole_responses_are_float64(response: str, table: pd.DataFrame) -> None:
+    model = lmm.Model(f"{response} ~ x + (1 | g)", table)
+    assert model.design.y.dtype == np.float64
+    assert blocks.products(model.design, gram.plan(model.design)) is not None
 
 
 @pytest.mark.usefixtures("large")
