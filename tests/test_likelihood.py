@@ -394,6 +394,41 @@ def test_small_factors_of_a_large_core_have_an_exact_curvature(
     assert np.max(np.abs((mixed - hessian)[np.ix_(rest, rest)])) > 1e-3
 
 
+def test_exact_curvature_of_small_factors_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, g, rhs = sparse_problem("two in the core")
+    monkeypatch.setattr(derivatives, "LARGE_CORE", 1)
+    monkeypatch.setattr(derivatives, "FEW_COLUMNS", 5)
+    theta = jnp.asarray(estimate.start(layout))
+
+    def single(a: Any) -> Any:
+        return a.astype(np.float32) if a.dtype == np.float64 else a
+
+    at = functools.partial(jax.jit(derivatives.for_optimiser, static_argnums=(0, 1)), layout, "ML")
+    expected = at(theta, g, rhs)
+    found = at(*jax.tree.map(single, (theta, g, rhs)))
+    for low, high in zip(found, expected, strict=True):
+        assert low.dtype == jnp.float32
+        np.testing.assert_allclose(low, high, rtol=1e-4, atol=1e-4 * np.abs(high).max())
+
+
+def test_a_large_core_is_fitted_in_float32() -> None:
+    """150 columns of the core and more, one factor of few levels: average and exact curvature."""
+    rng = np.random.default_rng(0)
+    n, sizes = 3000, {"s": 300, "d": 150, "t": 6}
+    data = pd.DataFrame({k: rng.integers(0, J, n) for k, J in sizes.items()})
+    data["x"] = rng.normal(size=n)
+    data["y"] = data.x + rng.normal(size=n)
+    data["y"] += np.sum([rng.normal(size=J)[data[k]] for k, J in sizes.items()], axis=0)
+    formula = "y ~ x + (1 | s) + (1 | d) + (1 | t)"
+    high = lmm.Model(formula, data).fit(method="ML")
+    low = lmm.Model(formula, data, dtype="float32").fit(method="ML")
+    assert derivatives.is_approximate(high.model._plan.layout)
+    assert low.converged, low.message
+    assert low.loglik == pytest.approx(high.loglik, rel=1e-6)
+    np.testing.assert_allclose(low.theta, high.theta, rtol=1e-3)
+    np.testing.assert_allclose(low.beta, high.beta, rtol=1e-3)
+
+
 @pytest.mark.parametrize("popular", [None, 0, 4, 9])
 @pytest.mark.parametrize("most", [1, 3, 9])
 def test_products_by_entry_equal_dense_ones(
@@ -464,6 +499,42 @@ def test_last_step_with_an_approximate_hessian() -> None:
     # without a step before it the rate is not known
     assert float(optimize.newton_decrement(*derivatives_at(near)[1:])[0]) < 1e-6
     assert int(found[True](near).n_evals) == 2
+
+
+def _blurred(noise: float, f0: float) -> tuple[Any, jax.Array]:
+    """A convex criterion of size f0 in float32, its gradient off by ``noise``, and its minimum."""
+    centre, scale = jnp.asarray([0.3, -0.2], jnp.float32), jnp.asarray([4e2, 1e3], jnp.float32)
+
+    def derivatives_at(t: jax.Array) -> Any:
+        away = t - centre
+        value = jnp.float32(f0) + 0.5 * scale @ away**2 + 10 * jnp.sum(away**4)
+        wrong = noise * jnp.sqrt(scale) * jnp.cos(1e6 * t)
+        hessian = jnp.diag(scale + 120 * away**2)
+        return value, scale * away + 40 * away**3 + wrong, hessian
+
+    return derivatives_at, centre
+
+
+@pytest.mark.parametrize("f0", [0.0, 1e5, 1e8])
+def test_below_the_rounding_of_the_criterion_the_gradient_judges(f0: float) -> None:
+    """At 1e8 float32 tells values apart that differ by 8; θ gets as near as at 0."""
+    at, centre = _blurred(0.0, f0)
+    best = jax.jit(lambda t: optimize.newton(at, t))(centre + jnp.float32(0.3))
+    assert int(best.status) == optimize.CONVERGED
+    assert float(best.promised) < optimize.PROMISE["float32"]
+    assert int(best.n_evals) < 8
+    np.testing.assert_allclose(best.theta, centre, atol=1e-6)
+
+
+def test_a_gradient_of_noise_ends_the_search_at_the_best_point() -> None:
+    at, centre = _blurred(0.5, 1e6)
+    best = jax.jit(lambda t: optimize.newton(at, t))(centre + jnp.float32(0.3))
+    assert int(best.status) == optimize.FLAT_STOP
+    assert optimize.PROMISE["float32"] < float(best.promised) < 2
+    assert int(best.n_evals) < 20
+    found = optimize.newton_decrement(*at(best.theta)[1:])[0]
+    assert float(best.promised) == pytest.approx(float(found), rel=1e-4)
+    assert np.abs(best.theta - centre).max() < 0.1
 
 
 def test_inverse_by_halves() -> None:
