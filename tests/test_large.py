@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -13,9 +14,9 @@ import polars as pl
 import pytest
 
 import lmmjax as lmm
-from lmmjax import blocks, compiling, design, estimate, gram
+from lmmjax import blocks, compiling, design, estimate, gram, threads
 from lmmjax.evaluate import Factor
-from lmmjax.late import moments_of
+from lmmjax.late import moments_of, replaced
 from lmmjax.texts import Texts, given
 
 FORMULAS = [
@@ -254,6 +255,68 @@ def test_offsets_of_the_data_cost_no_digits(table: pd.DataFrame) -> None:
     np.testing.assert_allclose(far._units.A[1, 1], near._units.A[1, 1], rtol=1e-8)
     slope_sd = [np.hypot(*m.theta0[1:]) for m in (far, near)]
     np.testing.assert_allclose(*slope_sd, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("large")
+def test_replacing_makes_no_matrix(table: pd.DataFrame) -> None:
+    d = lmm.Model("y ~ x + v + (x + v | g)", table).design
+    same = replaced(d, spec=d.spec)
+    assert given(same, "X") is given(d, "X")
+    other = replaced(d, y=d.y + 1)
+    assert moments_of(d, "X") is not None
+    assert moments_of(same, "X") is not None
+    assert moments_of(other, "X") is None
+    keep = np.array([True, False, True])
+    z = given(d.terms[0], "z").kept(keep)
+    assert given(d, "X").array is None and z.array is None
+    np.testing.assert_array_equal(other.X, d.X)
+    np.testing.assert_array_equal(z(), d.terms[0].z[:, keep])
+    np.testing.assert_array_equal(z.kept(np.array([False, True]))(), d.terms[0].z[:, 2:])
+    early = replaced(d, y=d.y + 1)
+    assert given(early, "X").array is given(d, "X").array
+
+
+def test_random_terms_of_large_tables_are_tested_as_of_small_ones(
+    table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formula = "y ~ x + v + (x | g)"
+    expected = lmm.Model(formula, table).fit().ranova()
+    monkeypatch.setattr(design, "LARGE", 64)
+    monkeypatch.setattr(blocks, "LARGE", 64)
+    found = lmm.Model(formula, table).fit().ranova()
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_pass_for_a_term_not_for_its_columns(
+    table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lmm.Model("y ~ 1 + (f + log(v) + I(x^2) | h)", table)
+    passes: list[slice] = []
+    rows_of = blocks.rows_of
+    monkeypatch.setattr(blocks, "rows_of", lambda *a: passes.append(a[-1]) or rows_of(*a))
+    _ = model._standard
+    blocks_of_z = [rows for rows in passes if rows.start == 0]
+    assert len(blocks_of_z) == 3, "means of z; then X and z for the sums"
+
+
+def test_products_are_made_with_one_blas_thread_where_the_core_is_large(
+    table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[bool] = []
+    standardise = gram.standardise
+
+    def seen(*args: object) -> object:
+        inside.append(len(threads._inside) > 0)
+        return standardise(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gram, "standardise", seen)
+    many = table.assign(k=np.arange(700) % 80, m=np.arange(700) % 71)
+    for formula in ("y ~ x + (1 | g)", "y ~ x + (1 | k) + (1 | m)"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lmm.SingularFitWarning)
+            lmm.Model(formula, many).fit()
+    assert inside == [False, True]
 
 
 def test_texts_of_integer_levels_are_printed_when_read() -> None:
