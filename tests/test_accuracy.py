@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 import lmmjax as lmm
+from lmmjax import blocks, design, gram
 from lmmjax.optimize import FLAT_STOP
 
 FORMULA = "y ~ a + f + (a | g)"
@@ -45,7 +46,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("way", ["in memory", "streamed", "by blocks"])
 @pytest.mark.parametrize(("shift", "scale", "y_shift", "y_scale"), CHANGES)
 def test_back_transformed_results_agree(
     data: pd.DataFrame,
@@ -54,13 +55,19 @@ def test_back_transformed_results_agree(
     scale: float,
     y_shift: float,
     y_scale: float,
-    streamed: bool,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     moved = data.assign(a=data["a"] * scale + shift, y=data["y"] * y_scale + y_shift)
-    if streamed:
+    if way == "by blocks":
+        monkeypatch.setattr(design, "LARGE", 64)
+        monkeypatch.setattr(blocks, "LARGE", 64)
+    if way == "streamed":
         model = lmm.Model.from_table(FORMULA, pa.Table.from_pandas(moved))
     else:
         model = lmm.Model(FORMULA, moved)
+    if way == "by blocks":
+        assert blocks.products(model.design, gram.plan(model.design)) is not None
     other = model.fit()
     n, p = fit.n_obs, 3
     assert other.converged, other.message

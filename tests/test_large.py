@@ -30,6 +30,9 @@ FORMULAS = [
     "y ~ x + (x | g) + (v | small)",
     "y ~ log(v) + (0 + f | h)",
     "y ~ x + v",
+    "y ~ x + (x | h/g)",
+    "y ~ x + (f:x | h)",
+    "y ~ x + f:x + (0 + f:v | h) + (v | g)",
 ]
 
 
@@ -98,6 +101,38 @@ def test_products_by_blocks_equal_those_of_the_whole(
     np.testing.assert_allclose(model._units.A, whole._units.A, rtol=1e-9, atol=1e-12)
     for B, wanted in zip(model._units.B, whole._units.B, strict=True):
         np.testing.assert_allclose(B, wanted, rtol=1e-9, atol=1e-12)
+
+
+COLUMNS = {
+    "int8": lambda x: (x - 200).round().astype("int8"),
+    "int64": lambda x: (10 * x).round().astype("int64"),
+    "bool": lambda x: x > 200,
+    "boolean": lambda x: (x > 200).astype("boolean"),
+    "float32": lambda x: x.astype("float32"),
+    "Float64": lambda x: x.astype("Float64"),
+    "Int32": lambda x: (10 * x).round().astype("Int32"),
+    "double[pyarrow]": lambda x: x.astype("double[pyarrow]"),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_columns_of_any_type_by_blocks(
+    kind: str, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As response, fixed effect and slope; equal to the float64 columns of the whole."""
+    logical = kind.startswith("bool")
+    table["c"] = COLUMNS[kind](table["x"])
+    table["d"] = COLUMNS[kind]((table["y"] - 50) * 3 + 200)
+    formula = "d ~ c + v + (c | g)"
+    plain = table.assign(c=table["c"].astype(float), d=table["d"].astype(float))
+    expected = in_data_units(lmm.Model(formula, plain))
+    monkeypatch.setattr(design, "LARGE", 64)
+    monkeypatch.setattr(blocks, "LARGE", 64)
+    model = lmm.Model(formula, table)
+    assert model.design.x_names[1] == ("cTRUE" if logical else "c")
+    assert blocks.products(model.design, gram.plan(model.design)) is not None
+    for found, wanted in zip(in_data_units(model), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-9 * np.abs(wanted).max())
 
 
 @pytest.mark.usefixtures("large")

@@ -18,6 +18,8 @@ import lmmjax as lmm
 from lmmjax import buckets, cross, crowded, derivatives, estimate, gram, optimize, start
 from lmmjax import likelihood as lk
 from lmmjax.precision import float64
+from lmmjax.residual import program
+from lmmjax.residual.source import Patterns, Rows
 
 LAYOUTS = layouts()
 METHODS = ("ML", "REML")
@@ -782,26 +784,80 @@ def test_models_of_similar_size_share_the_program() -> None:
     assert estimate.solve._cache_size() == before
 
 
-@pytest.mark.parametrize("name", ["linear model", "nested and crossed", "sparse", "in blocks"])
+def crowded_problem(monkeypatch: pytest.MonkeyPatch, popular: int) -> tuple[Any, Any, Any]:
+    """A crossed design whose pairs of levels are formed on the way."""
+    monkeypatch.setattr(cross, "MOST_PAIRS", 0)
+    monkeypatch.setattr(crowded, "CHUNK", 16)
+    monkeypatch.setattr(crowded, "_popular", lambda *_: popular)
+    layout, g, rhs = sparse_problem("crossed slopes")
+    assert not isinstance(g.cross.pairs, cross.Pairs)
+    return layout, g, rhs
+
+
+@pytest.mark.parametrize(
+    "name", ["linear model", "nested and crossed", "sparse", "crowded", "in blocks"]
+)
 def test_everything_lowers_for_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "in blocks":
         layout, g, rhs, _ = in_blocks("slope")
-    elif name == "sparse":
+    elif name in ("sparse", "crowded"):
         monkeypatch.setattr(derivatives, "LARGE_CORE", 1)
-        layout, g, rhs = sparse_problem("crossed")
+        crowd = name == "crowded"
+        layout, g, rhs = crowded_problem(monkeypatch, 4) if crowd else sparse_problem("crossed")
     else:
         plan, _, g, rhs = problem(design(LAYOUTS[name], 120, 2))
         layout = plan.layout
     theta = jnp.asarray(estimate.start(layout))
+    at, approximate = (layout, "REML"), derivatives.is_approximate(layout)
+
+    def in_steps(g: Any, r: Any, t: Any) -> Any:
+        s = estimate.begin(t)
+        s, going = estimate.advance(approximate, s, estimate.slopes(*at, g, r, s))
+        return estimate.finish(*at, g, r, s), going
+
+    def rows(g: Any, r: Any, t: Any) -> Any:
+        r = jax.tree.map(lambda a: jnp.stack([a, a]), r)
+        return estimate.unscaled_prediction_variance(layout, t, g, r)
+
     programs = {
-        "optimise": jax.jit(lambda g, r, t: estimate.solve(layout, "REML", g, r, t)),
-        "effects": jax.jit(lambda g, r, t: estimate.effects(layout, g, r, t)),
-        "vcov": jax.jit(lambda g, r, t: estimate.vcov_and_derivative(layout, "REML", t, g, r)),
+        "solve": lambda g, r, t: estimate.solve(*at, g, r, t),
+        "in steps": in_steps,
+        "effects": lambda g, r, t: estimate.effects(layout, g, r, t),
+        "slopes of effects": lambda g, r, t: estimate.effect_slopes(layout, g, r, t),
+        "rows": rows,
+        "hessian": lambda g, r, t: estimate.hessian(*at, t, g, r),
+        "vcov": lambda g, r, t: estimate.vcov_and_derivative(*at, t, g, r),
     }
-    for program in programs.values():
-        exported = jax.export.export(program, platforms=["cuda"])(g, rhs, theta)
-        assert "cuda" in exported.platforms
-        assert "callback" not in str(exported.mlir_module())
+    if not layout.n_theta:
+        del programs["in steps"], programs["hessian"]
+    for one in programs.values():
+        lowers_for_cuda(one, g, rhs, theta)
+
+
+def lowers_for_cuda(program: Any, *args: Any) -> None:
+    """Export for a machine that is not here; nothing calls back to Python."""
+    exported = jax.export.export(jax.jit(program), platforms=["cuda"])(*args)
+    assert "cuda" in exported.platforms
+    assert "callback" not in str(exported.mlir_module())
+
+
+@pytest.mark.parametrize(
+    ("residual", "kind"), [("un(time | id)", Patterns), ("car1(time | id)", Rows)]
+)
+def test_residual_structures_lower_for_cuda(residual: str, kind: type) -> None:
+    rng = np.random.default_rng(0)
+    data = pd.DataFrame({"id": np.repeat(np.arange(30), 4), "time": np.tile(np.arange(4.0), 30)})
+    data["y"] = data.time + rng.normal(size=30)[data.id] + rng.normal(size=120)
+    if kind is Rows:
+        data["time"] += rng.uniform(0, 0.5, 120)
+    data = data.drop(index=[3, 10, 11])
+    formula = "y ~ time + (1 | id)" if kind is Rows else "y ~ time"
+    model = lmm.Model(formula, data, residual=residual)
+    source, layout = model._source(), model._plan.layout
+    assert isinstance(source, kind), type(source)
+    free = jnp.asarray(model._start)
+    lowers_for_cuda(lambda s, t: program.solve(layout, "REML", s, t), source, free)
+    lowers_for_cuda(lambda s, t: program.vcov_and_derivative(layout, "REML", t, s), source, free)
 
 
 def test_layout_is_hashable_and_chosen_from_the_data() -> None:
