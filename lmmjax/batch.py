@@ -28,6 +28,7 @@ from lmmjax.optimize import (
     CONVERGED,
     FLAT_STOP,
     MAX_ITERATIONS,
+    PROMISE,
     SINGULAR_TOLERANCE,
     Optimum,
     certified,
@@ -35,7 +36,6 @@ from lmmjax.optimize import (
 from lmmjax.residual import program as structured
 from lmmjax.residual.source import Source
 from lmmjax.residual.structures import Structure
-from lmmjax.solution import PROMISE
 
 #: verdicts; the first two are usable fits
 OK, SINGULAR, LIMIT, NOT_FINITE, STUCK, EXACT, TOO_FEW, NOT_RUN, UNFIT = range(9)

@@ -123,13 +123,14 @@ def _term(design: Design, k: int, x: _Shift) -> _Term:
     shifted = structure.mixes and terms.intercept
     twins = [_twin(design, k, name) for name in term.names]
     mean, rms = np.zeros(len(twins)), np.ones(len(twins))
+    own = [s for s, j in enumerate(twins) if j is None and term.names[s] != "(Intercept)"]
+    if own:
+        mean[own], rms[own] = _means_and_sizes(design, k, own, shifted)
     for s, j in enumerate(twins):
         if j is not None:
             mean[s], rms[s] = x.mean[j], x.size[j]
             if not shifted:
                 rms[s] = np.hypot(rms[s], mean[s]) if j else 1.0
-        elif term.names[s] != "(Intercept)":
-            mean[s], rms[s] = _mean_and_size(design, k, s, shifted)
     if not shifted:
         mean[:] = 0.0
     size = rms if structure.scales else np.full(len(rms), rms.mean())
@@ -161,14 +162,18 @@ def _twin(design: Design, k: int, name: str) -> int | None:
     return next((j for j in found if design.x_terms[design.x_assign[j]] == name), None)
 
 
-def _mean_and_size(design: Design, k: int, s: int, shifted: bool) -> tuple[float, float]:
-    """Mean of a column of z, and its root mean square about it or about 0."""
-    first, total, square = 0.0, 0.0, 0.0
+def _means_and_sizes(
+    design: Design, k: int, columns: list[int], shifted: bool
+) -> tuple[Array, Array]:
+    """Means of columns of z, and their root mean squares about them or about 0; one pass."""
+    first, total, square = np.zeros((3, len(columns)))
     for start in range(0, design.n, LARGE):
-        column = rows_of(design.terms[k], "z", slice(start, start + LARGE))[:, s]
-        first = float(column[0]) if start == 0 and shifted else first
-        moved = column - first
-        total, square = total + float(moved.sum()), square + float(moved @ moved)
+        rows = rows_of(design.terms[k], "z", slice(start, start + LARGE))
+        for i, column in enumerate(rows[:, s] for s in columns):
+            first[i] = column[0] if start == 0 and shifted else first[i]
+            moved = column - first[i]
+            total[i] += moved.sum()
+            square[i] += moved @ moved
     mean = total / design.n
-    rms = np.sqrt(max(square / design.n - (mean**2 if shifted else 0.0), 0.0))
-    return first + mean, float(rms) if rms > 0 else 1.0
+    rms = np.sqrt(np.maximum(square / design.n - (mean**2 if shifted else 0.0), 0.0))
+    return first + mean, np.where(rms > 0, rms, 1.0)

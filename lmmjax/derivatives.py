@@ -665,7 +665,7 @@ def _few_traces(
         u = U[:, mine, mine].reshape(-1, J, S, J, S)
         v = V[:, :, mine].reshape(len(rows), -1, J, S)
         t = k.T_core[at].reshape(J, S, -1)
-        both = 2 * jnp.einsum("kija,jbi->kab", v, t) - jnp.einsum("kjaJb,jJ->kab", u, np.eye(J))
+        both = 2 * jnp.einsum("kija,jbi->kab", v, t) - jnp.einsum("kjajb->kab", u)
         out = out + jnp.einsum("kab,lab->kl", both, e)
         start += J * S
     return jnp.where(rows, out, out.T)

@@ -111,11 +111,15 @@ def _factor_from_integers(values: np.ndarray) -> Factor:
     if high - low > 4 * values.size + 1000:
         codes, uniques = pd.factorize(values, sort=True)
         return Factor(codes.astype(np.int32), Texts(uniques))  # type: ignore[arg-type]
-    shifted = values - np.array(low, values.dtype)
+    wide = values.dtype if high - low <= np.iinfo(values.dtype).max else np.dtype(np.int64)
+    shifted = values.astype(wide, copy=False) - np.array(low, wide)
     used = np.zeros(high - low + 1, bool)
     used[shifted] = True
     codes = (np.cumsum(used, dtype=np.int32) - np.int32(1))[shifted]
-    return Factor(codes, Texts(np.flatnonzero(used) + low))  # type: ignore[arg-type]
+    found = np.flatnonzero(used)
+    if values.dtype == np.uint64:  # its levels may lie beyond int64
+        found = found.astype(np.uint64)
+    return Factor(codes, Texts(found + low))  # type: ignore[arg-type]
 
 
 def to_factor(value: Value) -> Factor:
@@ -181,7 +185,9 @@ def column_value(series: pd.Series, name: str) -> Value:
 def _floats(series: pd.Series) -> np.ndarray:
     if isinstance(series.dtype, np.dtype):
         return series.to_numpy().astype(np.float64, copy=False)
-    return series.to_numpy(dtype=np.float64, na_value=np.nan)
+    # a nullable float column without a missing value would lend its own memory, for writing
+    lent = not isinstance(series.dtype, pd.ArrowDtype)
+    return series.to_numpy(dtype=np.float64, na_value=np.nan, copy=lent)
 
 
 def _object_value(series: pd.Series, name: str) -> Value:

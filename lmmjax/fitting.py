@@ -17,6 +17,7 @@ from lmmjax.inference.hypothesis import check_df, check_information
 from lmmjax.optimize import (
     CONVERGED,
     FLAT_STOP,
+    MAX_ITERATIONS,
     SINGULAR_TOLERANCE,
     STATUS,
 )
@@ -83,9 +84,10 @@ def fit_model(
     default = "satterthwaite" if uncertain else "residual"
     df = default if df is None else check_df(df, method)
     key, name = _optimizer_key(optimizer)
-    free0 = model._device_start if start is None else _start(model, start)
-    layout, began = model._plan.layout, time.perf_counter()
-    with one_blas_thread(layout.d + layout.p >= SMALL):
+    layout = model._plan.layout
+    with one_blas_thread(layout.d + layout.p >= SMALL):  # the products, too
+        free0 = model._device_start if start is None else _start(model, start)
+        began = time.perf_counter()
         solution = _solve(model, method, free0, key, mesh)
     fit = Fit(
         model=model,
@@ -161,6 +163,8 @@ def _not_converged(fit: Fit) -> str:
         if fit.optimizer == "newton"
         else "use optimizer='newton', or another start="
     )
+    if fit.model.dtype == "float32" and solution.curved and solution.status != MAX_ITERATIONS:
+        remedy = "float32 holds no more digits of this criterion: use dtype='float64'"
     if np.max(np.abs(solution.free)) > 1e4:
         reason += ", the residual variance goes to 0"
         remedy = "the random effects reproduce the response: simplify them, or check for copies"

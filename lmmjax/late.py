@@ -8,6 +8,8 @@ attributes that hold such arrays are `lmmjax.texts.Late`.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from lmmjax.rank import Moments
 from lmmjax.terms import Coding, Encoded, encode
 from lmmjax.texts import given
 
-__all__ = ["Made", "Recipe", "moments_of", "protected", "release", "rows_of", "sharing"]
+__all__ = ["Made", "Recipe", "moments_of", "protected", "release", "replaced", "rows_of", "sharing"]
 
 Array = np.ndarray
 
@@ -70,10 +72,12 @@ class Made:
         """Keep some of the columns."""
         if keep.all():
             return self
-        chosen = Made(self.recipe, None, keep)
-        if self.array is not None:
-            chosen.array = chosen._chosen(self.array)
-        return chosen
+        whole = keep
+        if self.keep is not None:
+            whole = self.keep.copy()
+            whole[self.keep] = keep
+        array = None if self.array is None else np.asfortranarray(self.array[:, keep])
+        return Made(self.recipe, array, whole)
 
     def _chosen(self, X: Array) -> Array:
         return X if self.keep is None else np.asfortranarray(X[:, self.keep])
@@ -92,6 +96,25 @@ def rows_of(holder: Any, name: str, rows: slice) -> Array:
     """Return a copy of some rows of an attribute, which is not made for it."""
     value = given(holder, name)
     return value.rows(rows) if isinstance(value, Made) else value[rows].copy(order="F")
+
+
+def replaced(holder: Any, **changes: Any) -> Any:
+    """`dataclasses.replace` that makes no attribute which nobody has read.
+
+    Moments, which are those of a response too, do not outlive it.
+    """
+    old = {f.name: given(holder, f.name) for f in dataclasses.fields(holder)}
+    if not changes.keys().isdisjoint(("y", "offset", "weights")):
+        old = {name: _without_moments(value) for name, value in old.items()}
+    return type(holder)(**{**old, **changes})
+
+
+def _without_moments(value: Any) -> Any:
+    if not isinstance(value, Made):
+        return value
+    other = copy.copy(value)
+    other.array, other.moments = value.array, None  # copying is pickling: it leaves out the array
+    return other
 
 
 def release(*holders: Any) -> None:

@@ -235,8 +235,9 @@ class Levels:
 
     def _by_table(self, values: Array) -> Array:
         low, high = int(self.keys[0]), int(self.keys[-1])
+        values = values.astype(self.keys.dtype, copy=False)  # int8 holds no differences
         if len(self.keys) == high - low + 1:
-            return (values - values.dtype.type(low)).astype(np.int32)
+            return (values - low).astype(np.int32)
         table = self.__dict__.get("_table")
         if table is None:
             table = np.full(high - low + 1, -1, np.int32)

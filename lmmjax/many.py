@@ -32,6 +32,7 @@ from lmmjax.design import check_identifiable, check_terms
 from lmmjax.errors import DataError
 from lmmjax.expr import parse_expr
 from lmmjax.gram import Gram, Layout, Units
+from lmmjax.late import replaced
 from lmmjax.model import Model, check_method
 from lmmjax.precision import in_float64
 from lmmjax.rank import independent_columns, triangle
@@ -558,7 +559,7 @@ def _with_stand_in(design: Any) -> Any:
     leverage = np.sum(np.linalg.solve(R.T, (first / size).T) ** 2, axis=0)
     y = np.array(design.offset)
     y[np.argmin(leverage)] += max(1.0, float(np.max(np.abs(y))))
-    return dataclasses.replace(design, y=y)
+    return replaced(design, y=y)
 
 
 def _columns(table: Table, names: list[str]) -> Any:

@@ -265,7 +265,7 @@ class Model:
 
     @cached_property
     def _prepared(self) -> tuple[gram.Plan, gram.Units, tuple[Gram, Rhs] | Source]:
-        the_plan = gram.plan(self.design)
+        the_plan = self._plan
         structured = self.design.residual is not None
         found = None if structured else blocks.products(self.design, the_plan)
         if found is not None:
@@ -342,9 +342,11 @@ class Model:
 
         return pd.Index(self.design.x_names, dtype=object)
 
-    @property
+    @cached_property
     def _plan(self) -> gram.Plan:
-        return self._prepared[0]
+        """Order of elimination; it needs no products."""
+        made = self.__dict__.get("_prepared")
+        return gram.plan(self.design) if made is None else made[0]
 
     @property
     def _units(self) -> gram.Units:

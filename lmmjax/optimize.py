@@ -30,6 +30,12 @@ SINGULAR_TOLERANCE = 1e-4
 #: with an approximate Hessian, the largest promise of a step that may be the last
 LAST_PROMISE = 1e-6
 
+#: what a Newton step at the optimum may promise at most, by precision
+PROMISE = {"float64": 1e-6, "float32": 1e-2}
+
+#: decreases of so many ulp of the criterion cannot be told from its rounding error
+BLIND = 100
+
 CONVERGED, MAX_ITERATIONS, NOT_FINITE, FLAT_STOP = 0, 1, 2, 3
 
 STATUS = {
@@ -157,12 +163,16 @@ def newton(
 ) -> Optimum:
     """Trust-region Newton with exact derivatives; jit and vmap as you like.
 
-    Stops when the predicted decrease is below the rounding error of the criterion, and takes that
-    last step too: convergence is quadratic, so θ is then exact to about its own standard error
-    times that decrease. An approximate Hessian, such as the average information, serves as well:
-    convergence is then linear, at a rate that falls with the sample, and says itself how fast: the
-    share of the last promise that is left after a step. Where that share of a promise below
-    ``LAST_PROMISE`` is an ulp of the criterion, the step is the last.
+    Stops when the predicted decrease is below the rounding error of the criterion and below
+    ``PROMISE``, and takes that last step too: convergence is quadratic, so θ is then exact to about
+    its own standard error times that decrease. Where rounding error is the larger of the two
+    (float32, or a criterion of 1e8), the gradient alone judges the last steps: they are taken as
+    long as the promise falls.
+
+    An approximate Hessian, such as the average information, serves as well: convergence is then
+    linear, at a rate that falls with the sample, and says itself how fast: the share of the last
+    promise that is left after a step. Where that share of a promise below ``LAST_PROMISE`` is an
+    ulp of the criterion, the step is the last.
 
     Parameters
     ----------
@@ -214,25 +224,32 @@ def advance(
     """The state after an evaluation at ``s.at``."""
     at, eps = s.at, jnp.finfo(value.dtype).eps
     finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(hessian)) & jnp.all(jnp.isfinite(gradient))
-    slack = 8 * eps * (1.0 + jnp.abs(value))
     first = s.n == 0
+    # a step up to the minimum, shorter than the criterion can see: the gradient judges it
+    blind = s.next.predicted <= BLIND * eps * (1.0 + jnp.abs(s.value))
+    blind = blind & (s.next.lowest > 0.0)
+    slack = jnp.where(blind, BLIND, 8) * eps * (1.0 + jnp.abs(value))
     ok = finite & (first | (value <= s.value + slack))
     ratio = (s.value - value + slack) / jnp.maximum(s.next.predicted, slack)
     length = jnp.linalg.norm(s.next.step)
     grown = jnp.where((ratio > 0.75) & (length > 0.8 * s.radius), 2.5 * s.radius, s.radius)
-    grown = jnp.where(ratio < 0.25, 0.5 * s.radius, grown)
+    grown = jnp.where((ratio < 0.25) & ~blind, 0.5 * s.radius, grown)
     radius = jnp.where(first, s.radius, jnp.where(ok, grown, 0.25 * length))
     keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
     theta, value = keep(at, s.theta), keep(value, s.value)
     gradient, hessian = keep(gradient, s.gradient), keep(hessian, s.hessian)
     step = _step(gradient, hessian, radius)
     rounding = eps * (1.0 + jnp.abs(value))
-    close = step.predicted <= 100 * rounding
+    close = step.predicted <= jnp.minimum(BLIND * rounding, PROMISE[value.dtype.name])
     if approximate:
         left = step.predicted * (step.predicted / s.next.predicted)
         close = close | (~first & ok & (step.predicted <= LAST_PROMISE) & (left <= rounding))
-    lost = (~ok & first) | (~close & (radius < 1e-3 * eps))
-    return State(theta, value, gradient, hessian, step, radius, s.n + 1, close, lost)
+    stalled = blind & ok & ~close & (step.promised > 0.9 * s.next.promised)
+    lost = (~ok & first) | (~close & (radius < 1e-3 * eps)) | stalled
+    found = State(theta, value, gradient, hessian, step, radius, s.n + 1, close, lost)
+    worse = stalled & (step.promised > s.next.promised)
+    old = s._replace(n=found.n, lost=lost)
+    return jax.tree.map(lambda a, b: jnp.where(worse, a, b), old, found)
 
 
 def stop(end: State) -> Optimum:

@@ -14,10 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax.gram import Layout
-from lmmjax.optimize import SINGULAR_TOLERANCE, Optimum
-
-#: a Newton step at the optimum may promise this much of the criterion at most, by precision
-PROMISE = {"float64": 1e-6, "float32": 1e-2}
+from lmmjax.optimize import PROMISE, SINGULAR_TOLERANCE, Optimum
 
 
 class _Scalars(NamedTuple):

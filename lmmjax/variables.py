@@ -159,7 +159,7 @@ def _response(ev: Evaluator, parsed: ParsedFormula) -> np.ndarray:
         )
     if isinstance(value, Matrix):
         raise DataError(f"found several columns as response {parsed.response}; expected one.")
-    return value.values if isinstance(value, Logical) else value
+    return np.asarray(value.values if isinstance(value, Logical) else value, np.float64)
 
 
 def numbers(ev: Evaluator, node: Node, what: str) -> np.ndarray:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
 import lmmjax as lmm
+from lmmjax import blocks, design, gram
+from lmmjax.optimize import FLAT_STOP
 
 FORMULA = "y ~ a + f + (a | g)"
 
@@ -42,7 +46,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("way", ["in memory", "streamed", "by blocks"])
 @pytest.mark.parametrize(("shift", "scale", "y_shift", "y_scale"), CHANGES)
 def test_back_transformed_results_agree(
     data: pd.DataFrame,
@@ -51,13 +55,19 @@ def test_back_transformed_results_agree(
     scale: float,
     y_shift: float,
     y_scale: float,
-    streamed: bool,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     moved = data.assign(a=data["a"] * scale + shift, y=data["y"] * y_scale + y_shift)
-    if streamed:
+    if way == "by blocks":
+        monkeypatch.setattr(design, "LARGE", 64)
+        monkeypatch.setattr(blocks, "LARGE", 64)
+    if way == "streamed":
         model = lmm.Model.from_table(FORMULA, pa.Table.from_pandas(moved))
     else:
         model = lmm.Model(FORMULA, moved)
+    if way == "by blocks":
+        assert blocks.products(model.design, gram.plan(model.design)) is not None
     other = model.fit()
     n, p = fit.n_obs, 3
     assert other.converged, other.message
@@ -91,3 +101,29 @@ def test_float32_is_as_good_as_its_digits(data: pd.DataFrame, fit: lmm.Fit) -> N
         assert low.sigma == pytest.approx(fit.sigma, rel=1e-5)
         np.testing.assert_allclose(low.beta.iloc[1:], fit.beta.iloc[1:], rtol=1e-4)
         np.testing.assert_allclose(low.std_errors[1:], fit.std_errors[1:], rtol=1e-4)
+
+
+def test_float32_goes_as_far_as_its_gradient_where_the_criterion_is_large() -> None:
+    """2,000 groups: 100 ulp of the criterion are 0.8, and θ has five digits all the same."""
+    rng = np.random.default_rng(0)
+    g, x = rng.integers(0, 2000, 20_000), rng.normal(size=20_000)
+    y = x + rng.normal(size=2000)[g] + 0.4 * rng.normal(size=2000)[g] * x + rng.normal(size=20_000)
+    data = pd.DataFrame({"g": g, "x": x, "y": y})
+    high = lmm.Model("y ~ x + (x | g)", data).fit()
+    low = lmm.Model("y ~ x + (x | g)", data, dtype="float32").fit()
+    assert low.converged, low.message
+    assert low.n_evals <= high.n_evals
+    np.testing.assert_allclose(low.theta, high.theta, atol=2e-6)
+    assert low.loglik == pytest.approx(high.loglik, rel=1e-7)
+
+
+def test_a_fit_without_digits_left_says_so(fit: lmm.Fit, data: pd.DataFrame) -> None:
+    low = lmm.Model(FORMULA, data, dtype="float32").fit()
+    scalars = low._solution.scalars._replace(status=FLAT_STOP, promised=0.5)
+    stopped = dataclasses.replace(
+        low, converged=False, _solution=low._solution._replace(scalars=scalars)
+    )
+    assert "float32 holds no more digits" in stopped.message
+    assert "use dtype='float64'" in stopped.message
+    high = fit._solution._replace(scalars=fit._solution.scalars._replace(status=FLAT_STOP))
+    assert "float32" not in dataclasses.replace(fit, converged=False, _solution=high).message

@@ -287,6 +287,38 @@ def test_group_of_huge_integers(table):
     assert levels.tolist() == [str(2**60 + k) for k in range(3)]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [
+        ("int8", -100, 100),
+        ("int8", -128, 127),
+        ("int16", -20_000, 20_000),
+        ("int32", -(2**31), -(2**31) + 300),
+        ("uint8", 0, 255),
+        ("uint64", 2**64 - 300, 2**64 - 1),
+        ("uint64", 2**63 - 150, 2**63 + 150),
+        ("Int8", -100, 100),
+    ],
+)
+def test_groups_of_any_integers(dtype, low, high):
+    wanted = [low + 1, high - 1, high, low, *range(low, min(low + 241, high), 7)] * 300
+    values = np.array(wanted, dtype.lower())
+    frame = pd.DataFrame({"id": pd.Series(values, dtype=dtype), "y": np.arange(len(values)) ** 0.5})
+    term = build_design("y ~ 1 + (1 | id)", frame).terms[0]
+    assert term.levels.tolist() == [str(v) for v in sorted(set(wanted))]
+    assert term.levels[term.codes].tolist() == [str(v) for v in wanted]
+
+
+def test_responses_are_float64(table):
+    for text in ("np.greater(y, 0)", "np.rint(10 * y)", "np.int64(np.rint(10 * y))", "y > 0", "I8"):
+        frame = table.assign(I8=np.arange(60).astype(np.int8))
+        y = build_design(f"{text} ~ x + (1 | g)", frame).y
+        assert y.dtype == np.float64, text
+    np.testing.assert_array_equal(
+        build_design("np.greater(y, 0) ~ x + (1 | g)", table).y, table.y > 0
+    )
+
+
 def test_ambiguous_combinations(table):
     table["a"] = np.where(table.f == "u", "p", "p:q")
     table["b"] = np.where(table.f == "u", "q:r", "r")

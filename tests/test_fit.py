@@ -499,6 +499,56 @@ def test_nothing_is_cached_on_disk_unless_asked(tmp_path: Any) -> None:
         assert not (tmp_path / "cache").exists()
 
 
+def test_a_cache_of_the_users_own_is_respected(tmp_path: Any) -> None:
+    code = (
+        "import jax, lmmjax as lmm; print(lmm.enable_cache()); c = jax.config;"
+        "print(c.jax_compilation_cache_dir, c.jax_persistent_cache_min_compile_time_secs)"
+    )
+    env = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7",
+        "LMMJAX_CACHE": str(tmp_path / "c"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    own = str(tmp_path / "own")
+    assert done.stdout.split() == [own, own, "7.0"]
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_cache_shared_or_damaged_changes_no_result(tmp_path: Any) -> None:
+    """Two processes fill a fresh cache at once; a third finds its entries cut short."""
+    code = (
+        "import lmmjax as lmm; d = lmm.load_dataset('Dyestuff');"
+        "print(lmm.Model('Yield ~ 1 + (1 | Batch)', d).fit().loglik)"
+    )
+    cache = tmp_path / "c"
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env["LMMJAX_CACHE"] = str(cache)
+
+    def started() -> Any:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, **pipes)
+
+    def loglik(process: Any) -> tuple[float, str]:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        return float(out), err
+
+    dyestuff = lmm.load_dataset("Dyestuff")
+    expected = lmm.Model("Yield ~ 1 + (1 | Batch)", dyestuff).fit().loglik
+    for found, _ in [loglik(p) for p in [started(), started()]]:
+        assert found == pytest.approx(expected, abs=1e-10)
+    entries = [path for path in cache.rglob("*-cache") if path.stat().st_size > 1000]
+    assert entries
+    for path in entries:
+        path.write_bytes(path.read_bytes()[:500])
+    found, err = loglik(started())
+    assert found == pytest.approx(expected, abs=1e-10)
+    assert "cache" in err, "JAX tells that an entry cannot be read"
+
+
 def test_batches_keep_programs_where_asked(tmp_path: Any) -> None:
     code = "import lmmjax, jax; lmmjax.fit_groups; print(jax.config.jax_compilation_cache_dir)"
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}

@@ -18,6 +18,8 @@ import lmmjax as lmm
 from lmmjax import buckets, cross, crowded, derivatives, estimate, gram, optimize, start
 from lmmjax import likelihood as lk
 from lmmjax.precision import float64
+from lmmjax.residual import program
+from lmmjax.residual.source import Patterns, Rows
 
 LAYOUTS = layouts()
 METHODS = ("ML", "REML")
@@ -394,6 +396,41 @@ def test_small_factors_of_a_large_core_have_an_exact_curvature(
     assert np.max(np.abs((mixed - hessian)[np.ix_(rest, rest)])) > 1e-3
 
 
+def test_exact_curvature_of_small_factors_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, g, rhs = sparse_problem("two in the core")
+    monkeypatch.setattr(derivatives, "LARGE_CORE", 1)
+    monkeypatch.setattr(derivatives, "FEW_COLUMNS", 5)
+    theta = jnp.asarray(estimate.start(layout))
+
+    def single(a: Any) -> Any:
+        return a.astype(np.float32) if a.dtype == np.float64 else a
+
+    at = functools.partial(jax.jit(derivatives.for_optimiser, static_argnums=(0, 1)), layout, "ML")
+    expected = at(theta, g, rhs)
+    found = at(*jax.tree.map(single, (theta, g, rhs)))
+    for low, high in zip(found, expected, strict=True):
+        assert low.dtype == jnp.float32
+        np.testing.assert_allclose(low, high, rtol=1e-4, atol=1e-4 * np.abs(high).max())
+
+
+def test_a_large_core_is_fitted_in_float32() -> None:
+    """150 columns of the core and more, one factor of few levels: average and exact curvature."""
+    rng = np.random.default_rng(0)
+    n, sizes = 3000, {"s": 300, "d": 150, "t": 6}
+    data = pd.DataFrame({k: rng.integers(0, J, n) for k, J in sizes.items()})
+    data["x"] = rng.normal(size=n)
+    data["y"] = data.x + rng.normal(size=n)
+    data["y"] += np.sum([rng.normal(size=J)[data[k]] for k, J in sizes.items()], axis=0)
+    formula = "y ~ x + (1 | s) + (1 | d) + (1 | t)"
+    high = lmm.Model(formula, data).fit(method="ML")
+    low = lmm.Model(formula, data, dtype="float32").fit(method="ML")
+    assert derivatives.is_approximate(high.model._plan.layout)
+    assert low.converged, low.message
+    assert low.loglik == pytest.approx(high.loglik, rel=1e-6)
+    np.testing.assert_allclose(low.theta, high.theta, rtol=1e-3)
+    np.testing.assert_allclose(low.beta, high.beta, rtol=1e-3)
+
+
 @pytest.mark.parametrize("popular", [None, 0, 4, 9])
 @pytest.mark.parametrize("most", [1, 3, 9])
 def test_products_by_entry_equal_dense_ones(
@@ -466,13 +503,49 @@ def test_last_step_with_an_approximate_hessian() -> None:
     assert int(found[True](near).n_evals) == 2
 
 
+def _blurred(noise: float, f0: float) -> tuple[Any, jax.Array]:
+    """A convex criterion of size f0 in float32, its gradient off by ``noise``, and its minimum."""
+    centre, scale = jnp.asarray([0.3, -0.2], jnp.float32), jnp.asarray([4e2, 1e3], jnp.float32)
+
+    def derivatives_at(t: jax.Array) -> Any:
+        away = t - centre
+        value = jnp.float32(f0) + 0.5 * scale @ away**2 + 10 * jnp.sum(away**4)
+        wrong = noise * jnp.sqrt(scale) * jnp.cos(1e6 * t)
+        hessian = jnp.diag(scale + 120 * away**2)
+        return value, scale * away + 40 * away**3 + wrong, hessian
+
+    return derivatives_at, centre
+
+
+@pytest.mark.parametrize("f0", [0.0, 1e5, 1e8])
+def test_below_the_rounding_of_the_criterion_the_gradient_judges(f0: float) -> None:
+    """At 1e8 float32 tells values apart that differ by 8; θ gets as near as at 0."""
+    at, centre = _blurred(0.0, f0)
+    best = jax.jit(lambda t: optimize.newton(at, t))(centre + jnp.float32(0.3))
+    assert int(best.status) == optimize.CONVERGED
+    assert float(best.promised) < optimize.PROMISE["float32"]
+    assert int(best.n_evals) < 8
+    np.testing.assert_allclose(best.theta, centre, atol=1e-6)
+
+
+def test_a_gradient_of_noise_ends_the_search_at_the_best_point() -> None:
+    at, centre = _blurred(0.5, 1e6)
+    best = jax.jit(lambda t: optimize.newton(at, t))(centre + jnp.float32(0.3))
+    assert int(best.status) == optimize.FLAT_STOP
+    assert optimize.PROMISE["float32"] < float(best.promised) < 2
+    assert int(best.n_evals) < 20
+    found = optimize.newton_decrement(*at(best.theta)[1:])[0]
+    assert float(best.promised) == pytest.approx(float(found), rel=1e-4)
+    assert np.abs(best.theta - centre).max() < 0.1
+
+
 def test_inverse_by_halves() -> None:
-    A = np.random.default_rng(0).normal(size=(70, 70))
-    A = A @ A.T + np.eye(70)
-    by_halves = jax.jit(lambda L: lk.inverse_from_cholesky(L, block=9))
-    inverse = by_halves(jnp.linalg.cholesky(A))
-    np.testing.assert_allclose(inverse @ A, np.eye(70), atol=1e-10)
-    np.testing.assert_array_equal(np.tril(inverse, -9), np.triu(inverse, 9).T)
+    """Three blocks of at most 144 columns: what lies in two of them is computed once."""
+    A = np.random.default_rng(0).normal(size=(430, 430))
+    A = A @ A.T / 430 + np.eye(430)
+    inverse = jax.jit(lk.inverse_from_cholesky)(jnp.linalg.cholesky(A))
+    np.testing.assert_allclose(inverse @ A, np.eye(430), atol=1e-10)
+    np.testing.assert_array_equal(np.tril(inverse, -144), np.triu(inverse, 144).T)
 
 
 @pytest.mark.parametrize("d", [7, 23])
@@ -711,26 +784,80 @@ def test_models_of_similar_size_share_the_program() -> None:
     assert estimate.solve._cache_size() == before
 
 
-@pytest.mark.parametrize("name", ["linear model", "nested and crossed", "sparse", "in blocks"])
+def crowded_problem(monkeypatch: pytest.MonkeyPatch, popular: int) -> tuple[Any, Any, Any]:
+    """A crossed design whose pairs of levels are formed on the way."""
+    monkeypatch.setattr(cross, "MOST_PAIRS", 0)
+    monkeypatch.setattr(crowded, "CHUNK", 16)
+    monkeypatch.setattr(crowded, "_popular", lambda *_: popular)
+    layout, g, rhs = sparse_problem("crossed slopes")
+    assert not isinstance(g.cross.pairs, cross.Pairs)
+    return layout, g, rhs
+
+
+@pytest.mark.parametrize(
+    "name", ["linear model", "nested and crossed", "sparse", "crowded", "in blocks"]
+)
 def test_everything_lowers_for_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "in blocks":
         layout, g, rhs, _ = in_blocks("slope")
-    elif name == "sparse":
+    elif name in ("sparse", "crowded"):
         monkeypatch.setattr(derivatives, "LARGE_CORE", 1)
-        layout, g, rhs = sparse_problem("crossed")
+        crowd = name == "crowded"
+        layout, g, rhs = crowded_problem(monkeypatch, 4) if crowd else sparse_problem("crossed")
     else:
         plan, _, g, rhs = problem(design(LAYOUTS[name], 120, 2))
         layout = plan.layout
     theta = jnp.asarray(estimate.start(layout))
+    at, approximate = (layout, "REML"), derivatives.is_approximate(layout)
+
+    def in_steps(g: Any, r: Any, t: Any) -> Any:
+        s = estimate.begin(t)
+        s, going = estimate.advance(approximate, s, estimate.slopes(*at, g, r, s))
+        return estimate.finish(*at, g, r, s), going
+
+    def rows(g: Any, r: Any, t: Any) -> Any:
+        r = jax.tree.map(lambda a: jnp.stack([a, a]), r)
+        return estimate.unscaled_prediction_variance(layout, t, g, r)
+
     programs = {
-        "optimise": jax.jit(lambda g, r, t: estimate.solve(layout, "REML", g, r, t)),
-        "effects": jax.jit(lambda g, r, t: estimate.effects(layout, g, r, t)),
-        "vcov": jax.jit(lambda g, r, t: estimate.vcov_and_derivative(layout, "REML", t, g, r)),
+        "solve": lambda g, r, t: estimate.solve(*at, g, r, t),
+        "in steps": in_steps,
+        "effects": lambda g, r, t: estimate.effects(layout, g, r, t),
+        "slopes of effects": lambda g, r, t: estimate.effect_slopes(layout, g, r, t),
+        "rows": rows,
+        "hessian": lambda g, r, t: estimate.hessian(*at, t, g, r),
+        "vcov": lambda g, r, t: estimate.vcov_and_derivative(*at, t, g, r),
     }
-    for program in programs.values():
-        exported = jax.export.export(program, platforms=["cuda"])(g, rhs, theta)
-        assert "cuda" in exported.platforms
-        assert "callback" not in str(exported.mlir_module())
+    if not layout.n_theta:
+        del programs["in steps"], programs["hessian"]
+    for one in programs.values():
+        lowers_for_cuda(one, g, rhs, theta)
+
+
+def lowers_for_cuda(program: Any, *args: Any) -> None:
+    """Export for a machine that is not here; nothing calls back to Python."""
+    exported = jax.export.export(jax.jit(program), platforms=["cuda"])(*args)
+    assert "cuda" in exported.platforms
+    assert "callback" not in str(exported.mlir_module())
+
+
+@pytest.mark.parametrize(
+    ("residual", "kind"), [("un(time | id)", Patterns), ("car1(time | id)", Rows)]
+)
+def test_residual_structures_lower_for_cuda(residual: str, kind: type) -> None:
+    rng = np.random.default_rng(0)
+    data = pd.DataFrame({"id": np.repeat(np.arange(30), 4), "time": np.tile(np.arange(4.0), 30)})
+    data["y"] = data.time + rng.normal(size=30)[data.id] + rng.normal(size=120)
+    if kind is Rows:
+        data["time"] += rng.uniform(0, 0.5, 120)
+    data = data.drop(index=[3, 10, 11])
+    formula = "y ~ time + (1 | id)" if kind is Rows else "y ~ time"
+    model = lmm.Model(formula, data, residual=residual)
+    source, layout = model._source(), model._plan.layout
+    assert isinstance(source, kind), type(source)
+    free = jnp.asarray(model._start)
+    lowers_for_cuda(lambda s, t: program.solve(layout, "REML", s, t), source, free)
+    lowers_for_cuda(lambda s, t: program.vcov_and_derivative(layout, "REML", t, s), source, free)
 
 
 def test_layout_is_hashable_and_chosen_from_the_data() -> None:

@@ -245,6 +245,26 @@ def test_integers_with_nulls_keep_their_digits() -> None:
     assert design.missing == {"g": 10}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "low", "step", "count"),
+    [
+        ("int8", -100, 1, 201),
+        ("int8", -120, 3, 80),
+        ("int16", -20_000, 100, 400),
+        ("uint64", 2**63 - 100, 1, 200),
+    ],
+)
+def test_narrow_and_huge_integers_are_told_apart(
+    dtype: str, low: int, step: int, count: int
+) -> None:
+    values = [low + step * k for k in range(count)] * 2
+    g = np.random.default_rng(2).permutation(np.array(values, dtype))
+    data = arrow(pd.DataFrame({"g": g, "y": np.arange(2.0 * count) ** 1.5}))
+    found = build_streamed("y ~ 1 + (1 | g)", data, rows=50)
+    assert list(found[0].terms[0].levels) == [str(v) for v in values[:count]]
+    same(found, lmm.Model("y ~ 1 + (1 | g)", data))
+
+
 # The fitted model -----------------------------------------------------------------------------
 
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from lmmjax.errors import ComparisonError, SingularFitWarning
 from lmmjax.inference.lrt import lrt
+from lmmjax.late import Made, replaced
 from lmmjax.terms import patterns
+from lmmjax.texts import given
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +57,7 @@ def _refit(fit: Fit, terms: tuple[Any, ...], specs: tuple[Any, ...], label: str)
     model.formula = f"{fit.model.formula}, without {label}"
     model.residual, model.dtype = fit.model.residual, fit.model.dtype
     design = fit.model.design
-    model.design = replace(design, terms=terms, spec=replace(design.spec, random=specs))
+    model.design = replaced(design, terms=terms, spec=replace(design.spec, random=specs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SingularFitWarning)  # that of a model nobody asked for
         return model.fit(method=fit.method)
@@ -71,7 +73,9 @@ def _reductions(model: Model) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any,
             yield spec.bar.text, (*terms[:k], *terms[k + 1 :]), (*specs[:k], *specs[k + 1 :])
         for label, keep in smaller:
             names = tuple(n for n, kept in zip(term.names, keep, strict=True) if kept)
-            less = replace(term, names=names, z=np.asfortranarray(term.z[:, keep]))
+            z = given(term, "z")
+            z = z.kept(keep) if isinstance(z, Made) else np.asfortranarray(z[:, keep])
+            less = replaced(term, names=names, z=z)
             yield f"{label} in {spec.bar.text}", (*terms[:k], less, *terms[k + 1 :]), specs
 
 
