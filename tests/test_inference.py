@@ -362,6 +362,54 @@ def test_words_mean_what_matrices_mean() -> None:
     assert rows["p_value"].iloc[0] == pytest.approx(single["p_value"].item())
 
 
+def test_labelled_rows_are_read_by_their_labels() -> None:
+    fit = case_fit("machines_factor_slope_reml")
+    want = fit.test([[0.0, 0, -1]], joint=False)
+    row = {"MachineC": -1.0, "(Intercept)": 0.0}
+    frame = pd.DataFrame([row], index=["mine"])
+    for L in (row, pd.Series(row), [row], [pd.Series(row)], frame):
+        got = fit.test(L, joint=False)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+    assert list(fit.test(frame, joint=False).index) == ["mine"]
+    assert list(fit.test(row, joint=False).index) == ["-MachineC = 0"]
+    both = fit.test([{"MachineB": 1}, {"MachineC": 1}], [8, 0])
+    pd.testing.assert_frame_equal(both, fit.test([[0, 1, 0], [0, 0, 1]], [8, 0]))
+    # no text among the labels: by position, as arrays
+    plain = pd.DataFrame([[0.0, 0.0, -1.0]])
+    np.testing.assert_allclose(fit.test(plain, joint=False), want, rtol=1e-12)
+    np.testing.assert_allclose(fit.test(plain.iloc[0], joint=False), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("L", "message"),
+    [
+        ({"MachineD": 1, "MachineB": 1}, r"labels MachineD; expected .*MachineB, MachineC"),
+        (pd.DataFrame({"Machine": [1.0]}), r"labels Machine; expected .*MachineB"),
+        (pd.Series({0: 1.0, "MachineB": 1.0}), r"labels 0; expected"),
+        ({0: 1.0}, r"labels 0; expected"),
+        (pd.Series([1.0, 1.0], ["MachineB", "MachineB"]), "MachineB twice"),
+        (pd.DataFrame([[1.0, 1.0]], columns=["MachineB", "MachineB"]), "MachineB twice"),
+        ({"MachineB": "one"}, "expected a number"),
+    ],
+)
+def test_labels_that_no_coefficient_has_are_refused(L: Any, message: str) -> None:
+    with pytest.raises(LmmError, match=message):
+        case_fit("machines_factor_slope_reml").test(L)
+
+
+def test_labels_of_aliased_coefficients_are_judged() -> None:
+    data = pd.DataFrame({"a": np.arange(12.0), "g": list("uvwxyz") * 2})
+    data["twice"], data["y"] = 2 * data["a"], np.sin(data["a"]) + data["a"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = lmm.Model("y ~ a + twice + (1 | g)", data).fit()
+    assert fit.model.design.aliased == ("twice",)
+    along = fit.test({"twice": 2, "a": 1}, joint=False)  # what the column that was kept estimates
+    np.testing.assert_allclose(along["estimate"], fit.beta["a"])
+    with pytest.raises(LmmError, match="not estimable"):
+        fit.test({"twice": 1})
+
+
 @pytest.mark.parametrize(
     ("text", "row", "rhs"),
     [

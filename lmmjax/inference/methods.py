@@ -186,10 +186,12 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
 
         Parameters
         ----------
-        L : array (r, p) or (p,), DataFrame, str or list of str
+        L : array (r, p) or (p,), DataFrame, Series, dict, str or list of these
             A matrix, with the columns of ``beta``, or of all columns with the aliased ones (then
-            each row must be estimable); or words: ``"Days = 10"``,
-            ``"MachineB - MachineC = 0, MachineB = 8"``.
+            each row must be estimable). A frame, a Series or a dict with text labels is read by
+            them, whatever their order, coefficients without a label having weight 0:
+            ``{"MachineB": 1, "MachineC": -1}``; without labels by position. Or words:
+            ``"Days = 10"``, ``"MachineB - MachineC = 0, MachineB = 8"``.
         rhs : float or array (r,)
             Right-hand sides, for a matrix.
         df, information, second_order
