@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lmmjax import components
+from lmmjax.covariance import Covariance, Unstructured
 from lmmjax.gram import Layout
 from lmmjax.optimize import SINGULAR_TOLERANCE
 
@@ -28,6 +29,15 @@ def moving(layout: Layout, theta: np.ndarray) -> np.ndarray:
     at = diagonal(layout)
     out[..., at] = np.abs(theta[..., at]) >= SINGULAR_TOLERANCE
     return out
+
+
+def rectify(structure: Covariance, theta: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """θ of one term with the entries that scale the rows ``zero`` (S,) of Λ exactly 0."""
+    places = np.arange(len(theta))
+    if isinstance(structure, Unstructured):
+        places = np.triu_indices(structure.S)[1]  # the row of each entry, column by column
+    own = np.append(zero, False)[np.minimum(places, structure.S)]
+    return np.where(own, 0.0, theta)
 
 
 def reached(terms: Any, lams: Sequence[np.ndarray], units: Sequence[np.ndarray]) -> np.ndarray:

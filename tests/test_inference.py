@@ -15,6 +15,7 @@ import pytest
 from designs import design as make_design
 from designs import layouts, problem, random_theta
 from reference_cases import REFERENCE, case_contrasts, case_data, case_ids, load_case, numbers
+from scipy import stats
 
 import lmmjax as lmm
 from lmmjax import gram as grams
@@ -163,6 +164,56 @@ def test_linear_models_have_exact_tests() -> None:
     rss = float(np.sum(fit.residuals() ** 2))
     total = float(np.sum((fit.model.design.y - fit.model.design.y.mean()) ** 2))
     assert fit.anova(type=1).loc["sqft", "sum_sq"] == pytest.approx(total - rss, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["ML", "REML"])
+def test_linear_models_are_exact_by_ml_too(method: str) -> None:
+    """Tests of lm and of summary(gls(..., method = "ML")) take RSS/(n - p)."""
+    rng, n, p = np.random.default_rng(8), 12, 4
+    data = pd.DataFrame({"x": rng.normal(size=n), "f": list("abc") * 4, "w": rng.uniform(1, 3, n)})
+    data["y"] = data["x"] + rng.normal(size=n)
+    fit = lmm.Model("y ~ x + f", data, weights="w").fit(method=method)
+    root = np.sqrt(data["w"].to_numpy())
+    X, y = fit.model.design.X * root[:, None], data["y"].to_numpy() * root
+    rss, small = (float(np.linalg.lstsq(x, y, rcond=None)[1][0]) for x in (X, X[:, :2]))
+    M, s2 = np.linalg.inv(X.T @ X), rss / (n - p)
+    se = np.sqrt(s2 * np.diag(M))
+    assert fit.sigma**2 == pytest.approx(rss / (n if method == "ML" else n - p))
+    np.testing.assert_allclose(fit.vcov(), s2 * M, rtol=1e-9)
+    np.testing.assert_allclose(fit.std_errors, se, rtol=1e-9)
+    t = M @ X.T @ y / se
+    for df, nu in (("satterthwaite", n - p), (None, n - p), ("wald", np.inf)):
+        table = fit.coef_table(df)
+        np.testing.assert_allclose(table["statistic"], t, rtol=1e-8)
+        np.testing.assert_allclose(table["p_value"], 2 * stats.t.sf(abs(t), nu), rtol=1e-7)
+    F, row = (small - rss) / 2 / s2, fit.anova().loc["f"]
+    want = [small - rss, F, stats.f.sf(F, 2, n - p)]
+    np.testing.assert_allclose(row[["sum_sq", "statistic", "p_value"]], want, rtol=1e-7)
+    wald = fit.confint("wald", parm="beta_")
+    np.testing.assert_allclose(wald["low"], fit.coef_table()["ci_low"], rtol=1e-9)
+    x = fit.model.design.X[:3]
+    own = np.einsum("ia,ab,ib->i", x, M, x)
+    new = fit.predict(data.iloc[:3], interval="prediction")
+    np.testing.assert_allclose(new["std_error"], np.sqrt(s2 * (1 + own)), rtol=1e-8)
+    mean = fit.predict(data.iloc[:3], "population", interval="confidence")
+    np.testing.assert_allclose(mean["std_error"], np.sqrt(s2 * own), rtol=1e-8)
+
+
+def test_linear_models_of_batches_and_of_the_bootstrap_have_the_same_errors() -> None:
+    rng = np.random.default_rng(9)
+    data = pd.DataFrame({"x": rng.normal(size=14)})
+    Y = data["x"].to_numpy()[:, None] + rng.normal(size=(14, 2))
+    model = lmm.Model("y ~ x", data.assign(y=Y[:, 0]))
+    fit, many = model.fit(method="ML"), lmm.fit_many("~ x", data, responses=Y, method="ML")
+    columns = ["estimate", "std_error", "df", "p_value", "ci_low"]
+    for df in ("residual", "satterthwaite"):
+        table = many.coef_table(df).iloc[:2]
+        np.testing.assert_allclose(table[columns], fit.coef_table()[columns], rtol=1e-8)
+    np.testing.assert_allclose(many.vcov(many.items[0]), fit.vcov(), rtol=1e-8)
+    boot = fit.bootstrap(100, 1)
+    by_hand = model.fit(method="REML").bootstrap(100, 1)
+    got, want = (b.std_errors.mean() / b.fit.std_errors for b in (boot, by_hand))
+    np.testing.assert_allclose(got, want, rtol=0.1)  # 7 % without n / (n - p), and so the interval
 
 
 # -- SAS: the observed information ----------------------------------------------------------------

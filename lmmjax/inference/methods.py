@@ -34,7 +34,8 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
     Wherever ``df=`` can be said it is one of ``"satterthwaite"``, ``"kenward-roger"`` (REML fits
     only; ``information="expected"`` as pbkrtest or ``"observed"`` as SAS), ``"residual"`` (n - p),
     ``"containment"`` (nlme's inner-outer rule, nested factors) and ``"wald"`` (infinite). It is by
-    default that of the fit. Linear models have n - p degrees of freedom by every method but Wald.
+    default that of the fit. Linear models have n - p degrees of freedom by every method but Wald,
+    and standard errors with RSS/(n - p) by ML and REML: t and F are exact.
     """
 
     # -- coefficients -----------------------------------------------------------------------------
@@ -53,8 +54,9 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         Parameters
         ----------
         kind : {"model", "kenward-roger", "robust"}
-            σ²(X'V⁻¹X)⁻¹ at the estimates; Kenward and Roger's adjustment of it (REML only); the
-            sandwich by group.
+            σ²(X'V⁻¹X)⁻¹ at the estimates, in linear models with σ² = RSS/(n - p) by ML too, so
+            that t and F are exact (as ``lm`` and ``nlme::gls``); Kenward and Roger's adjustment of
+            it (REML only); the sandwich by group.
         information : {"expected", "observed"}, optional
             For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's.
         second_order : bool
@@ -84,7 +86,7 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         import pandas as pd
 
         if kind == "model":
-            V = self._fit.sigma**2 * self._fit._unscaled_vcov
+            V = self._fit._model_vcov
         elif kind == "kenward-roger":
             V = hypothesis.method(self._fit, "kenward-roger", information, second_order).vcov
         elif kind == "robust":
@@ -310,7 +312,7 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
                 for t, f in tests.items()
             }
         table = hypothesis.f_frame(tests)
-        mean = np.array([t.statistic / t.scaling for t in tests.values()]) * fit.sigma**2
+        mean = np.array([t.statistic / t.scaling for t in tests.values()]) * fit._sigma2
         table.insert(0, "mean_sq", mean.astype(float))
         table.insert(0, "sum_sq", table["mean_sq"] * table["num_df"])
         return table.rename_axis("term")
