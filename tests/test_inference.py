@@ -649,9 +649,16 @@ def test_marginal_means_equal_emmeans(name: str) -> None:
         for adjustment, pairs in (("none", "pairs_unadjusted"), ("tukey", "pairs_tukey")):
             if df == "wald" and adjustment == "tukey":
                 continue
-            c = fit.contrasts(factors[0], by=by, df=df, adjust=adjustment, trend=trend)
+            options = {"adjust": adjustment, "trend": trend, "level": 0.95}
+            c = fit.contrasts(factors[0], by=by, df=df, **options)
             same(c["estimate"], want[pairs]["estimate"], 1e-5)
             same(c["std_error"], want[pairs]["SE"], 1e-5)
+            low, high = ("asymp.LCL", "asymp.UCL") if df == "wald" else ("lower.CL", "upper.CL")
+            room = 1e-5 * c["std_error"].max()
+            np.testing.assert_allclose(c["ci_low"], numbers(want[pairs][low]), atol=room, rtol=1e-5)
+            np.testing.assert_allclose(
+                c["ci_high"], numbers(want[pairs][high]), atol=room, rtol=1e-5
+            )
             np.testing.assert_allclose(c["p_value"], numbers(want[pairs]["p.value"]), atol=1e-6)
 
 
@@ -673,6 +680,100 @@ def test_contrast_families(two_way: pd.DataFrame) -> None:
         fit.contrasts("A", method="poly", adjust="tukey")
     with pytest.raises(LmmError, match="one weight"):
         fit.contrasts("A", method={"bad": [1, -1]})
+
+
+def test_a_combination_is_judged_not_its_cells(two_way: pd.DataFrame) -> None:
+    """emmeans judges the final linear function: slopes and differences may be estimable where the
+    cells that they are made of are not."""
+    holes = two_way[~((two_way["A"] == "c") & (two_way["B"] == "v"))]
+    fit = coded("treatment", holes, "y ~ A * B + x + (1 | g)")
+    assert fit.model.design.aliased == ("Ac:Bv",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slopes = fit.emtrends("x", by="A")
+        same = fit.contrasts("A", trend="x", adjust="none")
+        rows = fit.contrasts("A", method={"c - a at u": [-1, 0, 1]}, at={"B": "u"})
+        seen = fit.contrasts("B", method="pairwise", by="A", at={"A": ["a", "b"]})
+    np.testing.assert_allclose(slopes["x.trend"], fit.beta["x"])
+    np.testing.assert_allclose(slopes["std_error"], fit.coef_table().loc["x", "std_error"])
+    assert same["estimate"].tolist() == [0.0] * 3 and same["std_error"].tolist() == [0.0] * 3
+    assert same[["df", "statistic", "p_value"]].isna().all(axis=None)  # nothing to test
+    np.testing.assert_allclose(rows["estimate"], fit.beta["Ac"])
+    assert len(seen) == 2 and seen["p_value"].notna().all()
+    with pytest.warns(EstimabilityWarning, match="1 of 3") as told:
+        means = fit.emmeans("A")["emmean"]
+    assert means.isna().tolist() == [False, False, True]
+    assert told[0].filename == __file__
+    with pytest.warns(EstimabilityWarning, match="2 of 3") as told:
+        assert fit.contrasts("A")["estimate"].isna().tolist() == [False, True, True]
+    assert told[0].filename == __file__
+
+
+def test_differences_within_a_connected_part_of_a_design_are_estimable() -> None:
+    rng = np.random.default_rng(11)
+    data = pd.DataFrame({"A": list("aabbaabbcc") * 3, "B": list("uvuvuvuvww") * 3})
+    data["year"] = 1e8 + rng.normal(size=30)  # rounding of its sums is no gap
+    data["g"], data["y"] = [f"g{i % 5}" for i in range(30)], rng.normal(size=30)
+    data["y"] += 3 * rng.normal(size=5)[np.arange(30) % 5]
+    for kind in ("treatment", "sum", "helmert"):
+        fit = coded(kind, data, "y ~ A + B + year + (1 | g)")
+        assert len(fit.model.design.aliased) == 1
+        with pytest.warns(EstimabilityWarning, match="2 of 3"):
+            got = fit.contrasts("A", adjust="none")
+        assert got["estimate"].notna().tolist() == [True, False, False]
+        if kind == "treatment":
+            want = fit.test("Ab", joint=False)
+        columns = ["std_error", "df", "p_value"]
+        np.testing.assert_allclose(got.iloc[0]["estimate"], -want["estimate"].item(), rtol=1e-6)
+        np.testing.assert_allclose(
+            got.iloc[0][columns].astype(float), want[columns].iloc[0], rtol=1e-5
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            within = fit.contrasts("A", method={"b - a": [-1, 1, 0]})
+            trend = fit.emtrends("year", by="A")["year.trend"]
+        np.testing.assert_allclose(within["estimate"], want["estimate"], rtol=1e-6)
+        np.testing.assert_allclose(trend, fit.beta["year"], rtol=1e-5)
+
+
+def test_values_given_for_the_grid() -> None:
+    fit = formula_fit("distance ~ age * Sex + (age | Subject)", "Orthodont")
+    curve = lmm.Model("Reaction ~ Days + I(Days^2) + (1 | Subject)", tables_of("sleepstudy")).fit()
+    slopes = curve.emtrends("Days", by="Days", at={"Days": [0, 9]})
+    assert slopes["Days"].tolist() == ["0", "9"]
+    b = curve.beta
+    np.testing.assert_allclose(
+        slopes["Days.trend"], b["Days"] + 2 * b["I(Days^2)"] * np.array([0, 9]), rtol=1e-8
+    )
+    assert fit.emmeans("Sex", at={"Sex": "Male"})["Sex"].tolist() == ["Male"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(lmm.errors.DataError, match=r"levels Z, Q of Sex; expected .*Male"):
+            fit.emmeans("Sex", at={"Sex": ["Z", "Male", "Q"]})
+        with pytest.raises(lmm.errors.DataError, match="'ten' for the covariate age"):
+            fit.emmeans("Sex", at={"age": "ten"})
+
+
+def test_robust_marginal_means(two_way: pd.DataFrame) -> None:
+    """Means, contrasts and slopes are rows of L that coef_table and test judge alike."""
+    fit = lmm.Model("y ~ A + x + (1 | g)", two_way).fit()
+    mean = two_way["x"].mean()
+    L = np.array([[1, 0, 0, mean], [1, 1, 0, mean], [1, 0, 1, mean]])
+    same = ["std_error", "df", "ci_low", "ci_high"]
+    for options in ({}, {"correction": "CR0", "df": "wald"}, {"group": two_way["g"]}):
+        options = {"vcov": "robust", **options}
+        want = fit.test(L, joint=False, **options)
+        np.testing.assert_allclose(fit.emmeans("A", **options)[same], want[same], rtol=1e-9)
+        slope = fit.emtrends("x", **options)
+        table = fit.coef_table(**options).loc[["x"]]
+        np.testing.assert_allclose(slope[same], table[same], rtol=1e-6)
+        pairs = fit.contrasts("A", adjust="none", level=0.95, **options)
+        same_p = [*same, "p_value"]
+        rows = fit.test(L[[0, 0, 1]] - L[[1, 2, 2]], joint=False, **options)
+        np.testing.assert_allclose(pairs[same_p], rows[same_p], rtol=1e-8)
+    assert (fit.emmeans("A", vcov="robust")["df"] < 9).all()
+    with pytest.raises(LmmError, match="Bell and McCaffrey"):
+        fit.emmeans("A", vcov="robust", df="satterthwaite")
 
 
 def test_weights_of_marginal_means(two_way: pd.DataFrame) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lmmjax.errors import LmmError
-from lmmjax.inference.grid import estimable_rows
+from lmmjax.inference.grid import Rows, estimable_rows
 from lmmjax.inference.words import Hypotheses, parse
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def hypotheses(design: Design, L: Any, rhs: Any) -> Hypotheses:
 
 
 class _Labelled(NamedTuple):
-    """Rows, the labels of their columns (None: by position), and the rows' names if they have any."""
+    """Rows, the labels of their columns (None: by position), and names of the rows if any."""
 
     labels: list[str] | None
     values: np.ndarray  # (r, labels)
@@ -135,7 +135,7 @@ def _kept(design: Design, matrix: np.ndarray) -> np.ndarray:
         raise LmmError("L has values that are not finite; expected numbers.")
     if matrix.shape[1] == design.p:
         return matrix
-    rows = estimable_rows(design, matrix)
+    rows = estimable_rows(design, Rows(matrix, np.abs(matrix)))
     if not np.all(np.isfinite(rows)):
         bad = np.flatnonzero(~np.all(np.isfinite(rows), axis=1))
         raise LmmError(

@@ -19,6 +19,7 @@ from lmmjax.inference.information import Tables
 from lmmjax.inference.likelihood_methods import LikelihoodMethods
 from lmmjax.inference.linear import Directions
 from lmmjax.precision import in_float64
+from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -330,6 +331,9 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         level: float = 0.95,
         information: str | None = None,
         second_order: bool = True,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """Estimated marginal means of factors.
 
@@ -344,6 +348,8 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         at : dict, optional
             Values of covariates (their means by default) or levels of factors.
         level : float
+        vcov, group, correction
+            As :meth:`coef_table`.
 
         Returns
         -------
@@ -358,12 +364,12 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         """
         from lmmjax.inference import means
 
-        m = hypothesis.method(self._fit, df, information, second_order)
+        m = self._method(df, information, second_order, vcov, group, correction)
         design = self._fit.model.design
         names = (*means.names_of(specs), *means.names_of(by))
         c = means.averages(design, names, weights, at)
-        out = means.frame(m, c, "emmean", float(np.mean(design.offset)), level)
-        return means.noted(out, design, names, at)
+        out = means.frame(m, design, c, "emmean", float(np.mean(design.offset)), level)
+        return means.noted(out, means.interaction_note(design, names, at))
 
     def emtrends(
         self,
@@ -376,6 +382,9 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         level: float = 0.95,
         information: str | None = None,
         second_order: bool = True,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """Slopes in a covariate for each level of ``by``, at the other covariates' means.
 
@@ -387,9 +396,11 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         """
         from lmmjax.inference import means
 
-        m = hypothesis.method(self._fit, df, information, second_order)
-        c = means.trends(self._fit.model.design, var, means.names_of(by), weights, at)
-        return means.frame(m, c, f"{var}.trend", 0.0, level)
+        m = self._method(df, information, second_order, vcov, group, correction)
+        design, names = self._fit.model.design, means.names_of(by)
+        c = means.trends(design, var, names, weights, at)
+        out = means.frame(m, design, c, f"{var}.trend", 0.0, level)
+        return means.noted(out, means.interaction_note(design, names, at, var))
 
     def contrasts(
         self,
@@ -406,6 +417,10 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         second_order: bool = True,
         seed: int = 0,
         ref: Any = None,
+        level: float | None = None,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """Contrasts of marginal means, or of trends.
 
@@ -427,26 +442,39 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
             The control of ``method="control"`` if it is not the first level.
         trend : str, optional
             Compare slopes in this covariate instead of means.
-        df, information, second_order, weights, at
+        level : float, optional
+            Given: the limits ``ci_low ci_high`` of intervals that hold together at this level in
+            each family: Tukey's by the studentized range, "dunnett" and "mvt" by their equal
+            quantile, Bonferroni's; "holm" and "bh" have none of their own and take Bonferroni's (as
+            emmeans; ``attrs["note"]`` says so); with "none" each interval has the level itself.
+        df, information, second_order, weights, at, vcov, group, correction
             As :meth:`emmeans`.
 
         Returns
         -------
         DataFrame
-            ``contrast``, the columns of ``by``, ``estimate std_error df statistic p_value``.
-            ``attrs["note"]`` names what is averaged over though it interacts.
+            ``contrast``, the columns of ``by``, ``estimate std_error df statistic p_value`` and
+            with ``level`` the limits. ``attrs["note"]`` names what is averaged over though it
+            interacts.
+
+        Warns
+        -----
+        EstimabilityWarning
+            Contrasts that the data do not determine are NaN.
         """
         from lmmjax.inference import means
 
-        m = hypothesis.method(self._fit, df, information, second_order)
+        if level is not None:
+            check_level(level)
+        m = self._method(df, information, second_order, vcov, group, correction)
         design, conditions = self._fit.model.design, means.names_of(by)
         names = (*means.names_of(specs), *conditions)
         if trend is None:
             c = means.averages(design, names, weights, at)
         else:
             c = means.trends(design, trend, names, weights, at)
-        out = means.compare(m, c, len(conditions), method, adjust, seed, ref)
-        return means.noted(out, design, names, at)
+        out = means.compare(m, design, c, len(conditions), method, adjust, seed, ref, level)
+        return means.noted(out, means.interaction_note(design, names, at, trend))
 
     # -- variances --------------------------------------------------------------------------------
 
