@@ -461,6 +461,10 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         -----
         EstimabilityWarning
             Contrasts that the data do not determine are NaN.
+
+        Notes
+        -----
+        A quantile of Tukey's takes 0.1 s for each different number of degrees of freedom.
         """
         from lmmjax.inference import means
 
