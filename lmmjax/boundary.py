@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lmmjax import components
-from lmmjax.covariance import Covariance, Unstructured
+from lmmjax.covariance import Covariance, HomogeneousCompoundSymmetry, Unstructured
 from lmmjax.gram import Layout
 from lmmjax.optimize import SINGULAR_TOLERANCE
 
@@ -33,11 +33,13 @@ def moving(layout: Layout, theta: np.ndarray) -> np.ndarray:
 
 def rectify(structure: Covariance, theta: np.ndarray, zero: np.ndarray) -> np.ndarray:
     """θ of one term with the entries that scale the rows ``zero`` (S,) of Λ exactly 0."""
-    places = np.arange(len(theta))
+    S = structure.S
+    rows = np.minimum(np.arange(len(theta)), S)  # the row that each entry scales, S for none
     if isinstance(structure, Unstructured):
-        places = np.triu_indices(structure.S)[1]  # the row of each entry, column by column
-    own = np.append(zero, False)[np.minimum(places, structure.S)]
-    return np.where(own, 0.0, theta)
+        rows = np.triu_indices(S)[1]  # the lower triangle, column by column
+    elif isinstance(structure, HomogeneousCompoundSymmetry):
+        rows = np.array([0, S])[: len(theta)]
+    return np.where(np.append(zero, False)[rows], 0.0, theta)
 
 
 def reached(terms: Any, lams: Sequence[np.ndarray], units: Sequence[np.ndarray]) -> np.ndarray:

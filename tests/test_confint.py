@@ -15,6 +15,7 @@ from residual_cases import data, load, residual_text
 from scipy import stats
 
 import lmmjax as lmm
+from lmmjax import boundary, covariance
 from lmmjax.inference import profile as profiles
 from lmmjax.inference.profile import Profiler
 from lmmjax.precision import in_float64
@@ -198,6 +199,19 @@ def test_one_sd_on_the_boundary_leaves_the_others(random: str) -> None:
     assert np.all(table.loc[table["term2"].notna(), "vcov"] == 0.0)
     with lmm.float64():
         assert one.deviance == pytest.approx(float(one.model.deviance(one.theta)), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(covariance.STRUCTURES))
+def test_rows_of_a_factor_are_made_zero(kind: str) -> None:
+    one = covariance.STRUCTURES[kind](3)
+    theta = one.start() + np.linspace(0.1, 0.4, one.n_theta)
+    lam = one.factor(theta)
+    own = np.ones(3, bool) if kind.startswith("hom") else np.array([True, False, False])
+    got = one.factor(boundary.rectify(one, theta, own))
+    keep = np.outer(~own, ~own)
+    np.testing.assert_allclose(got @ got.T, np.where(keep, lam @ lam.T, 0.0), atol=1e-14)
+    if kind in ("cs", "homcs"):  # the correlation is no SD
+        assert boundary.rectify(one, theta, own)[-1] == theta[-1]
 
 
 def test_bootstrap_intervals() -> None:
