@@ -337,11 +337,11 @@ class BatchFit:
         lacking = np.isnan(self._masked(a.beta))  # (m, p)
         touched = (lacking @ (L != 0).T) > 0
         known = np.where(lacking, 0.0, a.beta)
-        V, dV = np.nan_to_num(a.vcov), np.nan_to_num(a.dvcov)
+        V, dV = np.nan_to_num(self._vcov), np.nan_to_num(a.dvcov)
         variance = np.einsum("ri,mij,rj->mr", L, V, L, optimize=True)
         hide: Any = lambda x: np.where(touched, np.nan, x)  # noqa: E731
         if df == "satterthwaite":
-            nu_sigma = a.n_obs - (a.p if self.method == "REML" else 0)
+            nu_sigma = a.n_obs - (a.p if self.method == "REML" or self._is_linear else 0)
             hessian = np.where(np.isfinite(a.hessian), a.hessian, 0.0)
             with np.errstate(invalid="ignore", divide="ignore"):
                 nu = degrees(L, V, dV, hessian, nu_sigma)
@@ -350,12 +350,26 @@ class BatchFit:
             nu = np.full_like(variance, np.inf) if df == "wald" else nu
         return hide(known @ L.T), hide(np.sqrt(variance)), hide(nu)
 
+    @property
+    def _is_linear(self) -> bool:
+        return not self.terms and self.residual is None
+
+    @property
+    def _vcov(self) -> np.ndarray:
+        """Covariances of the fixed effects; with RSS/(n - p) in linear models, as ``Fit.vcov``."""
+        a = self.arrays
+        if not self._is_linear or self.method == "REML":
+            return a.vcov
+        with np.errstate(divide="ignore"):
+            more = np.where(a.n_obs > a.p, a.n_obs / (a.n_obs - a.p), np.nan)
+        return a.vcov * more[:, None, None]
+
     def vcov(self, item: Any) -> pd.DataFrame:
         """Covariance of the fixed effects of one item."""
         import pandas as pd
 
         names = list(self.x_names)
-        return pd.DataFrame(self.arrays.vcov[self._place(item)], index=names, columns=names)
+        return pd.DataFrame(self._vcov[self._place(item)], index=names, columns=names)
 
     # -- variance components ----------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ fail are counted and left out.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -482,7 +483,7 @@ def _result(
     names = [*model.design.x_names, *components.names(model.design.terms), *model.phi_names]
     both = np.concatenate([beta, own, natural], axis=1)
     vcov = np.einsum("ia,mab,ib->mi", units.A, items.unscaled_vcov, units.A)
-    se = sigma[:, None] * np.sqrt(vcov)
+    se = sigma[:, None] * np.sqrt(vcov) * math.sqrt(fit._sigma2) / fit.sigma
     hessian = np.concatenate([fit._hessian_s[None], items.hessian])
     theta = np.concatenate([np.append(fit._theta_s, fit.phi)[None], items.theta])
     scale = float(np.log(units.scale))

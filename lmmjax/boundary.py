@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lmmjax import components
+from lmmjax.covariance import Covariance, HomogeneousCompoundSymmetry, Unstructured
 from lmmjax.gram import Layout
 from lmmjax.optimize import SINGULAR_TOLERANCE
 
@@ -28,6 +29,17 @@ def moving(layout: Layout, theta: np.ndarray) -> np.ndarray:
     at = diagonal(layout)
     out[..., at] = np.abs(theta[..., at]) >= SINGULAR_TOLERANCE
     return out
+
+
+def rectify(structure: Covariance, theta: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """θ of one term with the entries that scale the rows ``zero`` (S,) of Λ exactly 0."""
+    S = structure.S
+    rows = np.minimum(np.arange(len(theta)), S)  # the row that each entry scales, S for none
+    if isinstance(structure, Unstructured):
+        rows = np.triu_indices(S)[1]  # the lower triangle, column by column
+    elif isinstance(structure, HomogeneousCompoundSymmetry):
+        rows = np.array([0, S])[: len(theta)]
+    return np.where(np.append(zero, False)[rows], 0.0, theta)
 
 
 def reached(terms: Any, lams: Sequence[np.ndarray], units: Sequence[np.ndarray]) -> np.ndarray:

@@ -108,6 +108,11 @@ def _fit_parser(commands: Any) -> None:
     parser = _command(commands, "fit", "fit one model", _fit)
     parser.add_argument("--method", type=str.lower, choices=list(FREQUENTIST), default="reml")
     parser.add_argument("--df", help="satterthwaite, kenward-roger, residual, containment or wald")
+    parser.add_argument(
+        "--information",
+        default="expected",
+        help="of kenward-roger: expected (as pbkrtest; default) or observed (as SAS)",
+    )
 
 
 def _compare_parser(commands: Any) -> None:
@@ -284,7 +289,7 @@ def _fit(options: argparse.Namespace, heard: list[type[Warning]]) -> int:
 
 
 def _the_fit(model: Model, options: argparse.Namespace) -> Fit:
-    return model.fit(FREQUENTIST[options.method], df=options.df)
+    return model.fit(FREQUENTIST[options.method], df=options.df, information=options.information)
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -366,6 +371,7 @@ def fit_record(fit: Fit) -> dict[str, Any]:
         "formula": fit.model.formula,
         "groups": fit.model.groups,
         "df_method": fit.df,
+        "information": fit.information,
         "n_params": fit.n_params,
         "n_evals": fit.n_evals,
         "fixed": _fixed_record(fit.coef_table()),

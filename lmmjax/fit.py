@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmmjax import estimate, tables
+from lmmjax.boundary import rectify
 from lmmjax.derivatives import is_approximate
 from lmmjax.errors import DataError
 from lmmjax.gram import Gram, Rhs
 from lmmjax.inference.methods import InferenceMethods
+from lmmjax.optimize import SINGULAR_TOLERANCE
 from lmmjax.precision import float64, in_float64
 from lmmjax.simulate import simulate
 from lmmjax.threads import one_blas_thread
@@ -59,7 +61,8 @@ class Fit(InferenceMethods):
     beta : Series (p,)
         Fixed effects under R's names.
     sigma : float
-        Residual standard deviation (of a row of weight 1).
+        Residual standard deviation (of a row of weight 1): √(RSS/n) in a linear model fitted by
+        ML, whose tests use RSS/(n - p), as those of R's ``lm`` and of ``nlme::gls``.
     theta : ndarray (n_theta,)
         Relative covariance parameters, terms in formula order, each column-major (lme4).
     phi : ndarray (n_phi,)
@@ -121,10 +124,28 @@ class Fit(InferenceMethods):
 
     @cached_property
     def theta(self) -> np.ndarray:
-        """Relative covariance parameters, terms in formula order, each column-major (lme4)."""
-        theta = self.model._theta_public(self._theta_s, self._residual_sd)
+        """Relative covariance parameters, terms in formula order, each column-major (lme4).
+
+        A relative SD that counts as 0 (``singular``) is 0; so are those that are made of it.
+        """
+        model = self.model
+        free = model._theta_public(self._theta_s, self._residual_sd)
+        structures, at, pieces = model._plan.layout.structures, 0, [np.zeros(0)]
+        for s, zero in zip(structures, self._at_zero, strict=True):
+            pieces.append(rectify(s, free[at : at + s.n_theta], zero))
+            at += s.n_theta
+        theta = np.concatenate(pieces)
         theta.setflags(write=False)
         return theta
+
+    @cached_property
+    def _at_zero(self) -> list[np.ndarray]:
+        """Which SDs of each term are on their boundary, where 0 is what the optimiser means."""
+        out = []
+        for lam, B in zip(self.model._factors(self._theta_s), self.model._units.B, strict=True):
+            size = np.sqrt(np.sum((B @ lam) ** 2, axis=1))
+            out.append(size < SINGULAR_TOLERANCE * np.abs(np.diag(B)))
+        return out
 
     @cached_property
     def sigma(self) -> float:
@@ -195,8 +216,17 @@ class Fit(InferenceMethods):
 
     @property
     def std_errors(self) -> np.ndarray:
-        """Standard errors of the fixed effects, (p,)."""
-        return self.sigma * np.sqrt(np.diag(self._unscaled_vcov))
+        """Standard errors of the fixed effects, (p,); see :meth:`vcov`."""
+        return np.sqrt(np.diag(self._model_vcov))
+
+    @property
+    def _sigma2(self) -> float:
+        """σ² of tests, intervals and predictions: RSS / (n - p) in linear models, where t and F are
+        exact with it, whichever way the model was fitted; otherwise σ̂²."""
+        n, p = self.n_obs, len(self._beta)
+        if self.method == "REML" or not self.model.is_linear:
+            return self.sigma**2
+        return self.sigma**2 * n / (n - p) if n > p else math.nan
 
     @cached_property
     @in_float64
@@ -267,8 +297,10 @@ class Fit(InferenceMethods):
         for factor, b_f, cov_f in zip(self.model._plan.factors, b, cov, strict=True):
             B = _block_diagonal([self.model._units.B[k] for k in factor.terms])
             C = np.moveaxis(np.asarray(cov_f), -1, 0)
+            positive = ~np.concatenate([self._at_zero[k] for k in factor.terms])
             values = self.model._units.scale * np.asarray(b_f).T @ B.T
-            out[factor.group] = (values, sigma**2 * B @ C @ B.T)
+            both = np.outer(positive, positive)
+            out[factor.group] = (values * positive, sigma**2 * (B @ C @ B.T) * both)
         return out
 
     def _group(self, group: str | None) -> tuple[str, list[str], list[str]]:
@@ -355,7 +387,7 @@ class Fit(InferenceMethods):
     @property
     def _model_vcov(self) -> np.ndarray:
         """Covariance of β̂ given θ and σ, (p, p)."""
-        return self.sigma**2 * self._unscaled_vcov
+        return self._sigma2 * self._unscaled_vcov
 
     @cached_property
     @in_float64

@@ -135,7 +135,8 @@ def message(fit: Fit) -> str:
 
 def _checks(solution: Solution) -> str:
     largest = float(np.max(np.abs(solution.gradient)))
-    return f"{solution.n_evals} evaluations, largest gradient {largest:.1g}"
+    count = f"{solution.n_evals} evaluation{'' if solution.n_evals == 1 else 's'}"
+    return f"{count}, largest gradient {largest:.1g}"
 
 
 def _converged(fit: Fit) -> str:

@@ -138,12 +138,12 @@ def _variance(
         var = np.einsum("ia,ab,ib->i", new.X, fit.vcov().to_numpy(), new.X)
         unknown = [np.ones(len(var), bool)] * len(covs) if interval == "prediction" else []
     else:
-        var = fit.sigma**2 * _error_variance(fit, new, known)
+        var = fit._sigma2 * _error_variance(fit, new, known)
         unknown = [codes < 0 for _, codes, _ in new.terms]
     for (z, _, _), cov, rows in zip(new.terms, covs, unknown, strict=False):
         var = var + np.where(rows, np.einsum("is,st,it->i", z, cov, z), 0.0)
     left = np.array([k.variance for k in known]) if known else np.square(sd)
-    return var + (fit.sigma**2 * left if interval == "prediction" else 0.0)
+    return var + (fit._sigma2 * left if interval == "prediction" else 0.0)
 
 
 def _error_variance(fit: Fit, new: NewDesign, known: list[Known]) -> np.ndarray:

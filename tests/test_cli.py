@@ -64,6 +64,19 @@ def test_fit_json_has_every_key_in_full_precision(capsys):
     assert all(seconds >= 0 for seconds in got["timing"].values())
 
 
+def test_information_of_kenward_roger(capsys):
+    kr = ("--df", "kenward-roger", "--information")
+    formula = "Reaction ~ Days + (Days || Subject)"
+    fit = lmm.Model(formula, lmm.load_dataset("sleepstudy")).fit()
+    for information in ("expected", "observed"):
+        got = record(capsys, "fit", "sleepstudy", formula, *kr, information)
+        want = fit.coef_table("kenward-roger", information=information)
+        assert got["information"] == information
+        assert [row["df"] for row in got["fixed"]] == pytest.approx(list(want["df"]), rel=1e-6)
+    status, _, err = run(capsys, "fit", "sleepstudy", formula, *kr, "fisher")
+    assert status == 2 and "expected 'expected'" in err
+
+
 def test_method_df_weights_and_offset(capsys, tmp_path):
     data = lmm.load_dataset("sleepstudy").assign(w=lambda d: 1.0 + d["Days"], o=lambda d: d["Days"])
     path = tmp_path / "s.parquet"

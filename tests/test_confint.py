@@ -15,6 +15,7 @@ from residual_cases import data, load, residual_text
 from scipy import stats
 
 import lmmjax as lmm
+from lmmjax import boundary, covariance
 from lmmjax.inference import profile as profiles
 from lmmjax.inference.profile import Profiler
 from lmmjax.precision import in_float64
@@ -152,6 +153,67 @@ def test_wald_of_a_singular_fit_is_unknown() -> None:
     assert np.isfinite(got.loc["sigma"]).all()
 
 
+def test_wald_takes_what_coef_table_takes() -> None:
+    one = fit("sleepstudy_slope_reml")
+    for options in (
+        {"df": "kenward-roger", "information": "observed"},
+        {"df": "kenward-roger", "information": "expected"},
+        {"df": "kenward-roger", "second_order": False},
+        {"df": "wald"},
+    ):
+        got = one.confint("wald", level=0.9, **options).loc[list(one.beta.index)]
+        want = one.coef_table(level=0.9, **options)
+        np.testing.assert_array_equal(got["low"], want["ci_low"])
+        np.testing.assert_array_equal(got["high"], want["ci_high"])
+
+
+def test_sds_on_the_boundary_are_zero_everywhere() -> None:
+    one = fit("dyestuff2_singular_reml")
+    assert one.singular
+    assert one.theta.tolist() == [0.0]
+    assert one.varcorr().loc[0, ["vcov", "sdcor"]].tolist() == [0.0, 0.0]
+    assert one.confint().loc["sd_(Intercept)|Batch", "estimate"] == 0.0
+    assert one.variance_tests().loc[0, "estimate"] == 0.0
+    assert one.icc()["adjusted"] == 0.0
+    assert one.r2().tolist() == [0.0, 0.0]
+    assert np.all(one.ranef() == 0.0) and np.all(one.ranef_se() == 0.0)
+    with lmm.float64():
+        at_zero = float(one.model.deviance(one.theta, one.method))
+    assert one.deviance == pytest.approx(at_zero, abs=1e-9)
+
+
+@pytest.mark.parametrize("random", ["(x | g)", "(x || g)", "cs(1 + x | g)"])
+def test_one_sd_on_the_boundary_leaves_the_others(random: str) -> None:
+    rng, x = np.random.default_rng(2), np.arange(-3.0, 4.0)
+    basis = np.stack([np.ones(7), x])
+    within = rng.normal(size=(20, 7))
+    within -= within @ basis.T @ np.linalg.inv(basis @ basis.T) @ basis  # groups without slopes
+    data = pd.DataFrame({"g": np.repeat(np.arange(20), 7).astype(str), "x": np.tile(x, 20)})
+    data["y"] = (within + 2 * rng.normal(size=(20, 1))).ravel()
+    with pytest.warns(lmm.SingularFitWarning, match="the variance of x | g is 0"):
+        one = lmm.Model(f"y ~ x + {random}", data).fit()
+    table = one.varcorr()
+    sd = table[table["term2"].isna()].set_index("term1")["sdcor"]
+    assert sd["x"] == 0.0 and sd["(Intercept)"] > 1
+    assert np.all(one.ranef()["x"] == 0.0) and np.all(one.ranef()["(Intercept)"] != 0.0)
+    assert np.all(table.loc[table["term2"].notna(), "vcov"] == 0.0)
+    with lmm.float64():
+        assert one.deviance == pytest.approx(float(one.model.deviance(one.theta)), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(covariance.STRUCTURES))
+def test_rows_of_a_factor_are_made_zero(kind: str) -> None:
+    one = covariance.STRUCTURES[kind](3)
+    theta = one.start() + np.linspace(0.1, 0.4, one.n_theta)
+    lam = one.factor(theta)
+    own = np.ones(3, bool) if kind.startswith("hom") else np.array([True, False, False])
+    got = one.factor(boundary.rectify(one, theta, own))
+    keep = np.outer(~own, ~own)
+    np.testing.assert_allclose(got @ got.T, np.where(keep, lam @ lam.T, 0.0), atol=1e-14)
+    if kind in ("cs", "homcs"):  # the correlation is no SD
+        assert boundary.rectify(one, theta, own)[-1] == theta[-1]
+
+
 def test_bootstrap_intervals() -> None:
     one = fit("dyestuff_reml")
     got = one.confint("bootstrap", n=400, seed=3)
@@ -181,6 +243,12 @@ def test_choice_of_parameters_and_levels() -> None:
         {"method": "profile", "criterion": "AIC"},
         {"level": 95},
         {"method": "bootstrap", "kind": "bca", "n": 20},
+        {"method": "wald", "kind": "studentized"},
+        {"method": "wald", "kind": "nonsense"},
+        {"method": "profile", "df": "wald"},
+        {"method": "profile", "information": "observed"},
+        {"method": "bootstrap", "second_order": False},
+        {"method": "bootstrap", "df": "residual"},
     ],
 )
 def test_bad_options(options: dict) -> None:

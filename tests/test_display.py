@@ -35,6 +35,11 @@ def hostile() -> lmm.Fit:
     return lmm.Model("y ~ `<b>x</b>` + twice + (1 | `g&h`)", frame).fit()
 
 
+def test_one_evaluation_is_one(dyestuff):
+    assert dyestuff.n_evals == 1
+    assert "converged (1 evaluation, largest" in dyestuff.summary()
+
+
 def test_a_fit_prints_like_lme4(dyestuff):
     # summary(lmer(Yield ~ 1 + (1 | Batch), Dyestuff)), lme4 1.1-31
     expected = """

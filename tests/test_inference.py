@@ -15,6 +15,7 @@ import pytest
 from designs import design as make_design
 from designs import layouts, problem, random_theta
 from reference_cases import REFERENCE, case_contrasts, case_data, case_ids, load_case, numbers
+from scipy import stats
 
 import lmmjax as lmm
 from lmmjax import gram as grams
@@ -163,6 +164,56 @@ def test_linear_models_have_exact_tests() -> None:
     rss = float(np.sum(fit.residuals() ** 2))
     total = float(np.sum((fit.model.design.y - fit.model.design.y.mean()) ** 2))
     assert fit.anova(type=1).loc["sqft", "sum_sq"] == pytest.approx(total - rss, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["ML", "REML"])
+def test_linear_models_are_exact_by_ml_too(method: str) -> None:
+    """Tests of lm and of summary(gls(..., method = "ML")) take RSS/(n - p)."""
+    rng, n, p = np.random.default_rng(8), 12, 4
+    data = pd.DataFrame({"x": rng.normal(size=n), "f": list("abc") * 4, "w": rng.uniform(1, 3, n)})
+    data["y"] = data["x"] + rng.normal(size=n)
+    fit = lmm.Model("y ~ x + f", data, weights="w").fit(method=method)
+    root = np.sqrt(data["w"].to_numpy())
+    X, y = fit.model.design.X * root[:, None], data["y"].to_numpy() * root
+    rss, small = (float(np.linalg.lstsq(x, y, rcond=None)[1][0]) for x in (X, X[:, :2]))
+    M, s2 = np.linalg.inv(X.T @ X), rss / (n - p)
+    se = np.sqrt(s2 * np.diag(M))
+    assert fit.sigma**2 == pytest.approx(rss / (n if method == "ML" else n - p))
+    np.testing.assert_allclose(fit.vcov(), s2 * M, rtol=1e-9)
+    np.testing.assert_allclose(fit.std_errors, se, rtol=1e-9)
+    t = M @ X.T @ y / se
+    for df, nu in (("satterthwaite", n - p), (None, n - p), ("wald", np.inf)):
+        table = fit.coef_table(df)
+        np.testing.assert_allclose(table["statistic"], t, rtol=1e-8)
+        np.testing.assert_allclose(table["p_value"], 2 * stats.t.sf(abs(t), nu), rtol=1e-7)
+    F, row = (small - rss) / 2 / s2, fit.anova().loc["f"]
+    want = [small - rss, F, stats.f.sf(F, 2, n - p)]
+    np.testing.assert_allclose(row[["sum_sq", "statistic", "p_value"]], want, rtol=1e-7)
+    wald = fit.confint("wald", parm="beta_")
+    np.testing.assert_allclose(wald["low"], fit.coef_table()["ci_low"], rtol=1e-9)
+    x = fit.model.design.X[:3]
+    own = np.einsum("ia,ab,ib->i", x, M, x)
+    new = fit.predict(data.iloc[:3], interval="prediction")
+    np.testing.assert_allclose(new["std_error"], np.sqrt(s2 * (1 + own)), rtol=1e-8)
+    mean = fit.predict(data.iloc[:3], "population", interval="confidence")
+    np.testing.assert_allclose(mean["std_error"], np.sqrt(s2 * own), rtol=1e-8)
+
+
+def test_linear_models_of_batches_and_of_the_bootstrap_have_the_same_errors() -> None:
+    rng = np.random.default_rng(9)
+    data = pd.DataFrame({"x": rng.normal(size=14)})
+    Y = data["x"].to_numpy()[:, None] + rng.normal(size=(14, 2))
+    model = lmm.Model("y ~ x", data.assign(y=Y[:, 0]))
+    fit, many = model.fit(method="ML"), lmm.fit_many("~ x", data, responses=Y, method="ML")
+    columns = ["estimate", "std_error", "df", "p_value", "ci_low"]
+    for df in ("residual", "satterthwaite"):
+        table = many.coef_table(df).iloc[:2]
+        np.testing.assert_allclose(table[columns], fit.coef_table()[columns], rtol=1e-8)
+    np.testing.assert_allclose(many.vcov(many.items[0]), fit.vcov(), rtol=1e-8)
+    boot = fit.bootstrap(100, 1)
+    by_hand = model.fit(method="REML").bootstrap(100, 1)
+    got, want = (b.std_errors.mean() / b.fit.std_errors for b in (boot, by_hand))
+    np.testing.assert_allclose(got, want, rtol=0.1)  # 7 % without n / (n - p), and so the interval
 
 
 # -- SAS: the observed information ----------------------------------------------------------------
@@ -362,6 +413,54 @@ def test_words_mean_what_matrices_mean() -> None:
     assert rows["p_value"].iloc[0] == pytest.approx(single["p_value"].item())
 
 
+def test_labelled_rows_are_read_by_their_labels() -> None:
+    fit = case_fit("machines_factor_slope_reml")
+    want = fit.test([[0.0, 0, -1]], joint=False)
+    row = {"MachineC": -1.0, "(Intercept)": 0.0}
+    frame = pd.DataFrame([row], index=["mine"])
+    for L in (row, pd.Series(row), [row], [pd.Series(row)], frame):
+        got = fit.test(L, joint=False)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+    assert list(fit.test(frame, joint=False).index) == ["mine"]
+    assert list(fit.test(row, joint=False).index) == ["-MachineC = 0"]
+    both = fit.test([{"MachineB": 1}, {"MachineC": 1}], [8, 0])
+    pd.testing.assert_frame_equal(both, fit.test([[0, 1, 0], [0, 0, 1]], [8, 0]))
+    # no text among the labels: by position, as arrays
+    plain = pd.DataFrame([[0.0, 0.0, -1.0]])
+    np.testing.assert_allclose(fit.test(plain, joint=False), want, rtol=1e-12)
+    np.testing.assert_allclose(fit.test(plain.iloc[0], joint=False), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("L", "message"),
+    [
+        ({"MachineD": 1, "MachineB": 1}, r"labels MachineD; expected .*MachineB, MachineC"),
+        (pd.DataFrame({"Machine": [1.0]}), r"labels Machine; expected .*MachineB"),
+        (pd.Series({0: 1.0, "MachineB": 1.0}), r"labels 0; expected"),
+        ({0: 1.0}, r"labels 0; expected"),
+        (pd.Series([1.0, 1.0], ["MachineB", "MachineB"]), "MachineB twice"),
+        (pd.DataFrame([[1.0, 1.0]], columns=["MachineB", "MachineB"]), "MachineB twice"),
+        ({"MachineB": "one"}, "expected a number"),
+    ],
+)
+def test_labels_that_no_coefficient_has_are_refused(L: Any, message: str) -> None:
+    with pytest.raises(LmmError, match=message):
+        case_fit("machines_factor_slope_reml").test(L)
+
+
+def test_labels_of_aliased_coefficients_are_judged() -> None:
+    data = pd.DataFrame({"a": np.arange(12.0), "g": list("uvwxyz") * 2})
+    data["twice"], data["y"] = 2 * data["a"], np.sin(data["a"]) + data["a"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = lmm.Model("y ~ a + twice + (1 | g)", data).fit()
+    assert fit.model.design.aliased == ("twice",)
+    along = fit.test({"twice": 2, "a": 1}, joint=False)  # what the column that was kept estimates
+    np.testing.assert_allclose(along["estimate"], fit.beta["a"])
+    with pytest.raises(LmmError, match="not estimable"):
+        fit.test({"twice": 1})
+
+
 @pytest.mark.parametrize(
     ("text", "row", "rhs"),
     [
@@ -550,9 +649,16 @@ def test_marginal_means_equal_emmeans(name: str) -> None:
         for adjustment, pairs in (("none", "pairs_unadjusted"), ("tukey", "pairs_tukey")):
             if df == "wald" and adjustment == "tukey":
                 continue
-            c = fit.contrasts(factors[0], by=by, df=df, adjust=adjustment, trend=trend)
+            options = {"adjust": adjustment, "trend": trend, "level": 0.95}
+            c = fit.contrasts(factors[0], by=by, df=df, **options)
             same(c["estimate"], want[pairs]["estimate"], 1e-5)
             same(c["std_error"], want[pairs]["SE"], 1e-5)
+            low, high = ("asymp.LCL", "asymp.UCL") if df == "wald" else ("lower.CL", "upper.CL")
+            room = 1e-5 * c["std_error"].max()
+            np.testing.assert_allclose(c["ci_low"], numbers(want[pairs][low]), atol=room, rtol=1e-5)
+            np.testing.assert_allclose(
+                c["ci_high"], numbers(want[pairs][high]), atol=room, rtol=1e-5
+            )
             np.testing.assert_allclose(c["p_value"], numbers(want[pairs]["p.value"]), atol=1e-6)
 
 
@@ -574,6 +680,100 @@ def test_contrast_families(two_way: pd.DataFrame) -> None:
         fit.contrasts("A", method="poly", adjust="tukey")
     with pytest.raises(LmmError, match="one weight"):
         fit.contrasts("A", method={"bad": [1, -1]})
+
+
+def test_a_combination_is_judged_not_its_cells(two_way: pd.DataFrame) -> None:
+    """emmeans judges the final linear function: slopes and differences may be estimable where the
+    cells that they are made of are not."""
+    holes = two_way[~((two_way["A"] == "c") & (two_way["B"] == "v"))]
+    fit = coded("treatment", holes, "y ~ A * B + x + (1 | g)")
+    assert fit.model.design.aliased == ("Ac:Bv",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slopes = fit.emtrends("x", by="A")
+        same = fit.contrasts("A", trend="x", adjust="none")
+        rows = fit.contrasts("A", method={"c - a at u": [-1, 0, 1]}, at={"B": "u"})
+        seen = fit.contrasts("B", method="pairwise", by="A", at={"A": ["a", "b"]})
+    np.testing.assert_allclose(slopes["x.trend"], fit.beta["x"])
+    np.testing.assert_allclose(slopes["std_error"], fit.coef_table().loc["x", "std_error"])
+    assert same["estimate"].tolist() == [0.0] * 3 and same["std_error"].tolist() == [0.0] * 3
+    assert same[["df", "statistic", "p_value"]].isna().all(axis=None)  # nothing to test
+    np.testing.assert_allclose(rows["estimate"], fit.beta["Ac"])
+    assert len(seen) == 2 and seen["p_value"].notna().all()
+    with pytest.warns(EstimabilityWarning, match="1 of 3") as told:
+        means = fit.emmeans("A")["emmean"]
+    assert means.isna().tolist() == [False, False, True]
+    assert told[0].filename == __file__
+    with pytest.warns(EstimabilityWarning, match="2 of 3") as told:
+        assert fit.contrasts("A")["estimate"].isna().tolist() == [False, True, True]
+    assert told[0].filename == __file__
+
+
+def test_differences_within_a_connected_part_of_a_design_are_estimable() -> None:
+    rng = np.random.default_rng(11)
+    data = pd.DataFrame({"A": list("aabbaabbcc") * 3, "B": list("uvuvuvuvww") * 3})
+    data["year"] = 1e8 + rng.normal(size=30)  # rounding of its sums is no gap
+    data["g"], data["y"] = [f"g{i % 5}" for i in range(30)], rng.normal(size=30)
+    data["y"] += 3 * rng.normal(size=5)[np.arange(30) % 5]
+    for kind in ("treatment", "sum", "helmert"):
+        fit = coded(kind, data, "y ~ A + B + year + (1 | g)")
+        assert len(fit.model.design.aliased) == 1
+        with pytest.warns(EstimabilityWarning, match="2 of 3"):
+            got = fit.contrasts("A", adjust="none")
+        assert got["estimate"].notna().tolist() == [True, False, False]
+        if kind == "treatment":
+            want = fit.test("Ab", joint=False)
+        columns = ["std_error", "df", "p_value"]
+        np.testing.assert_allclose(got.iloc[0]["estimate"], -want["estimate"].item(), rtol=1e-6)
+        np.testing.assert_allclose(
+            got.iloc[0][columns].astype(float), want[columns].iloc[0], rtol=1e-5
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            within = fit.contrasts("A", method={"b - a": [-1, 1, 0]})
+            trend = fit.emtrends("year", by="A")["year.trend"]
+        np.testing.assert_allclose(within["estimate"], want["estimate"], rtol=1e-6)
+        np.testing.assert_allclose(trend, fit.beta["year"], rtol=1e-5)
+
+
+def test_values_given_for_the_grid() -> None:
+    fit = formula_fit("distance ~ age * Sex + (age | Subject)", "Orthodont")
+    curve = lmm.Model("Reaction ~ Days + I(Days^2) + (1 | Subject)", tables_of("sleepstudy")).fit()
+    slopes = curve.emtrends("Days", by="Days", at={"Days": [0, 9]})
+    assert slopes["Days"].tolist() == ["0", "9"]
+    b = curve.beta
+    np.testing.assert_allclose(
+        slopes["Days.trend"], b["Days"] + 2 * b["I(Days^2)"] * np.array([0, 9]), rtol=1e-8
+    )
+    assert fit.emmeans("Sex", at={"Sex": "Male"})["Sex"].tolist() == ["Male"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(lmm.errors.DataError, match=r"levels Z, Q of Sex; expected .*Male"):
+            fit.emmeans("Sex", at={"Sex": ["Z", "Male", "Q"]})
+        with pytest.raises(lmm.errors.DataError, match="'ten' for the covariate age"):
+            fit.emmeans("Sex", at={"age": "ten"})
+
+
+def test_robust_marginal_means(two_way: pd.DataFrame) -> None:
+    """Means, contrasts and slopes are rows of L that coef_table and test judge alike."""
+    fit = lmm.Model("y ~ A + x + (1 | g)", two_way).fit()
+    mean = two_way["x"].mean()
+    L = np.array([[1, 0, 0, mean], [1, 1, 0, mean], [1, 0, 1, mean]])
+    same = ["std_error", "df", "ci_low", "ci_high"]
+    for options in ({}, {"correction": "CR0", "df": "wald"}, {"group": two_way["g"]}):
+        options = {"vcov": "robust", **options}
+        want = fit.test(L, joint=False, **options)
+        np.testing.assert_allclose(fit.emmeans("A", **options)[same], want[same], rtol=1e-9)
+        slope = fit.emtrends("x", **options)
+        table = fit.coef_table(**options).loc[["x"]]
+        np.testing.assert_allclose(slope[same], table[same], rtol=1e-6)
+        pairs = fit.contrasts("A", adjust="none", level=0.95, **options)
+        same_p = [*same, "p_value"]
+        rows = fit.test(L[[0, 0, 1]] - L[[1, 2, 2]], joint=False, **options)
+        np.testing.assert_allclose(pairs[same_p], rows[same_p], rtol=1e-8)
+    assert (fit.emmeans("A", vcov="robust")["df"] < 9).all()
+    with pytest.raises(LmmError, match="Bell and McCaffrey"):
+        fit.emmeans("A", vcov="robust", df="satterthwaite")
 
 
 def test_weights_of_marginal_means(two_way: pd.DataFrame) -> None:

@@ -1,4 +1,4 @@
-"""P-values adjusted for the number of comparisons of a family."""
+"""P-values and intervals adjusted for the number of comparisons of a family."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ METHODS = ("tukey", "dunnett", "mvt", "holm", "bonferroni", "bh", "none")
 
 #: adjustments by the joint distribution of the family (simultaneous.py)
 JOINT = ("dunnett", "mvt")
+
+#: what intervals are made of where an adjustment of p-values has none of its own, as in emmeans
+INTERVALS = {
+    "holm": "intervals by Bonferroni: Holm's steps have none",
+    "bh": "intervals by Bonferroni: false discovery rates have none",
+}
 
 
 def check(adjust: str) -> str:
@@ -52,6 +58,29 @@ def _tukey(statistic: np.ndarray, df: np.ndarray, n_means: int) -> np.ndarray:
         return 2 * stats.t.sf(np.abs(statistic), df)
     q = np.sqrt(2) * np.abs(statistic)
     return np.array([stats.studentized_range.sf(a, n_means, b) for a, b in zip(q, df, strict=True)])
+
+
+def critical(adjust: str, level: float, df: np.ndarray, n_means: int) -> np.ndarray:
+    """Half widths of simultaneous intervals of one family, in standard errors, (r,).
+
+    Parameters
+    ----------
+    adjust : {"tukey", "holm", "bonferroni", "bh", "none"}
+        Tukey's is a quantile of the studentized range; Holm and BH take Bonferroni's.
+    level : float
+        Of all intervals together ("none": of each).
+    df : (r,)
+        Of the contrasts that are estimable.
+    n_means : int
+    """
+    from scipy import stats
+
+    if adjust == "tukey" and n_means > 2:
+        values, back = np.unique(np.round(df, 7), return_inverse=True)
+        found = [stats.studentized_range.ppf(level, n_means, nu) for nu in values]
+        return np.array(found)[back.ravel()] / np.sqrt(2)
+    count = 1 if adjust in ("none", "tukey") else len(df)
+    return stats.t.ppf(1 - (1 - level) / (2 * count), df)
 
 
 def _holm(p: np.ndarray) -> np.ndarray:

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 def shares(fit: Fit) -> tuple[float, dict[str, float], float]:
     """(var_fixed, var_random by group, var_residual) in squared units of the response."""
     design = fit.model.design
-    fixed = float(np.var(design.X @ fit._beta, ddof=1))
+    mean = design.X @ fit._beta
+    fixed = float(np.var(mean - mean[0], ddof=1))  # 0 for a constant, without its rounding
     random: dict[str, float] = {}
     for term, cov in zip(design.terms, fit._term_covs(), strict=True):
-        mean = float(np.sum((term.z.T @ term.z) * cov)) / design.n
-        random[term.group] = random.get(term.group, 0.0) + mean
+        own = float(np.sum((term.z.T @ term.z) * cov)) / design.n
+        random[term.group] = random.get(term.group, 0.0) + own
     sd = relative_sd(design.residual, fit.phi, np.ones(design.n))
     return fixed, random, fit.sigma**2 * float(np.mean(sd**2))
 

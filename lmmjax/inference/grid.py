@@ -1,8 +1,9 @@
 """The reference grid: every combination of the factors' levels, covariates at their means.
 
 Marginal means, contrasts and trends are linear functions of the grid's predictions (Searle, Speed
-and Milliken 1980, Am. Stat. 34, 216-221); a row of the grid is estimable if its full model row is
-spanned by the columns that were kept.
+and Milliken 1980, Am. Stat. 34, 216-221). Full model rows are combined, and the combination alone
+is judged: it is estimable if the aliased columns say in it what those that were kept say. A slope
+or a difference may be so where the cells that it comes from are not.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,29 @@ if TYPE_CHECKING:
 #: tolerance of estimability, relative to the size of the row
 ESTIMABLE = 1e-8
 
+#: rounding of sums, relative to the size of what was added
+ROUNDING = 1e-14
+
+
+class Rows(NamedTuple):
+    """Full model rows (the aliased columns included), or combinations of such."""
+
+    values: np.ndarray  # (m, P)
+    parts: np.ndarray  # (m, P): sums of the sizes of what was added, for the rounding of zeros
+
+    def combine(self, weights: np.ndarray) -> Rows:
+        """Σ_i w_i row_i for each row w of ``weights`` (r, m); NaN where it needs one that is not
+        finite."""
+        finite = np.all(np.isfinite(self.values), axis=1)
+        values, parts = (np.where(finite[:, None], a, 0.0) for a in self)
+        out = weights @ values
+        out[np.any((weights != 0) & ~finite, axis=1)] = np.nan
+        return Rows(out, np.abs(weights) @ parts)
+
+    def slope(self, other: Rows, step: float) -> Rows:
+        """(row - other's row) / step."""
+        return Rows((self.values - other.values) / step, (self.parts + other.parts) / step)
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -37,13 +61,13 @@ class Grid:
         Levels of each factor (or values given by ``at``), as text.
     cells : (m, F) int
         Level of each factor in each cell; the first factor varies fastest.
-    rows : (m, p)
-        Model rows of the cells; NaN where a cell is not estimable.
+    rows : Rows
+        Full model rows of the cells, estimable or not, (m, P).
     """
 
     factors: dict[str, list[str]]
     cells: np.ndarray
-    rows: np.ndarray
+    rows: Rows
 
 
 def numeric_columns(design: Design) -> list[str]:
@@ -64,12 +88,14 @@ def _covariate(design: Design, column: str) -> bool:
 def build(
     design: Design, at: Mapping[str, Any] | None = None, shift: Mapping[str, float] | None = None
 ) -> Grid:
-    """The grid of a design; ``at`` replaces levels or means, ``shift`` moves covariates.
+    """The grid of a design; ``at`` replaces levels or means.
+
+    ``shift`` moves covariates in the model rows, not in the labels of the cells.
 
     Raises
     ------
     DataError
-        Unknown columns in ``at``; a model that does not keep its raw columns.
+        Unknown columns or levels in ``at``; a model that does not keep its raw columns.
     """
     import pandas as pd
 
@@ -85,18 +111,19 @@ def build(
             f"at= names {', '.join(sorted(unknown))}; expected columns of the fixed part: "
             f"{', '.join(design.spec.levels)}."
         )
-    values, observed = _axes(design, given, shift or {})
+    values, observed = _axes(design, given)
     factors = {c: v for c, v in values.items() if c in observed or len(v) > 1}
     combos = list(itertools.product(*(range(len(v)) for v in reversed(list(values.values())))))
     index = np.array(combos, int).reshape(len(combos), len(values))[:, ::-1]
+    moved = values | {c: [x + by for x in values[c]] for c, by in (shift or {}).items()}
     frame = pd.DataFrame(
-        {c: _column(design.columns[c], v, index[:, i]) for i, (c, v) in enumerate(values.items())},
+        {c: _column(design.columns[c], v, index[:, i]) for i, (c, v) in enumerate(moved.items())},
         index=range(len(index)),
     )
     full = design.spec.fixed_columns(frame)
     where = [list(values).index(c) for c in factors]
     shown = {c: [label(x) for x in v] for c, v in factors.items()}
-    return Grid(shown, index[:, where], estimable_rows(design, full))
+    return Grid(shown, index[:, where], Rows(full, np.abs(full)))
 
 
 def as_list(value: Any) -> list[Any]:
@@ -106,20 +133,31 @@ def as_list(value: Any) -> list[Any]:
     return list(value)
 
 
-def _axes(
-    design: Design, given: Mapping[str, list[Any]], shift: Mapping[str, float]
-) -> tuple[dict[str, list[Any]], set[str]]:
+def _axes(design: Design, given: Mapping[str, list[Any]]) -> tuple[dict[str, list[Any]], set[str]]:
     """Values of each raw column in the grid, and which columns are factors of the data."""
     covariates = set(numeric_columns(design))
     values: dict[str, list[Any]] = {}
     for name in design.spec.levels:
         if name in covariates:
-            column = design.columns[name].to_numpy(float)
-            chosen = given.get(name, [float(np.mean(column))])
-            values[name] = [float(x) + shift.get(name, 0.0) for x in chosen]
+            mean = float(np.mean(design.columns[name].to_numpy(float)))
+            values[name] = [_number(name, x) for x in given.get(name, [mean])]
         else:
-            values[name] = given.get(name, _levels(design, name))
+            known = {label(x): x for x in _levels(design, name)}
+            chosen = [label(x) for x in given.get(name, known.values())]
+            if unknown := [x for x in chosen if x not in known]:
+                raise DataError(
+                    f"at= has the levels {', '.join(unknown)} of {name}; expected some of "
+                    f"{', '.join(known)}."
+                )
+            values[name] = [known[x] for x in chosen]
     return values, set(values) - covariates
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"at= has {value!r} for the covariate {name}; expected numbers.") from error
 
 
 def _levels(design: Design, name: str) -> list[Any]:
@@ -160,12 +198,15 @@ def counts(design: Design, grid: Grid) -> np.ndarray:
     return sums[cell].astype(float)
 
 
-def estimable_rows(design: Design, full: np.ndarray) -> np.ndarray:
-    """Kept columns of full model rows, NaN where the aliased ones say something else."""
-    kept = design.spec.keep
-    rows = full[:, kept].copy()
-    if design.spec.alias is not None:
-        gap = np.abs(full[:, ~kept] - rows @ design.spec.alias)
-        size = np.abs(rows) @ np.abs(design.spec.alias) + np.abs(full[:, ~kept])
-        rows[np.any(gap > ESTIMABLE * (1 + size), axis=1)] = np.nan
-    return rows
+def estimable_rows(design: Design, rows: Rows) -> np.ndarray:
+    """Kept columns of (combined) full model rows, NaN where the aliased ones say something else."""
+    kept, alias = design.spec.keep, design.spec.alias
+    found = rows.values[:, kept].copy()
+    found[np.abs(found) <= ROUNDING * rows.parts[:, kept]] = 0.0  # differences of equals
+    if alias is not None:
+        own, size = np.abs(rows.values), np.abs(alias)
+        gap = np.abs(rows.values[:, ~kept] - found @ alias)
+        room = ESTIMABLE * (1 + own[:, kept] @ size + own[:, ~kept])
+        room += ROUNDING * (rows.parts[:, kept] @ size + rows.parts[:, ~kept])
+        found[np.any(gap > room, axis=1)] = np.nan
+    return found

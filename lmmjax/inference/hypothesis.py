@@ -184,7 +184,7 @@ def method(
     """
     name = check_df(fit.df if df is None else df, fit.method)
     information = check_information(fit.information if information is None else information)
-    V = fit.sigma**2 * fit._unscaled_vcov
+    V = fit._model_vcov
     if fit.model.is_linear and name != "wald":
         name = "residual"  # V = σ²R has one parameter: every method gives n - p
     if name == "containment" and not fit.model.is_mixed:

@@ -150,7 +150,7 @@ class Influence:
         Belsley, Kuh and Welsch's limit for a look is 2/√(number of groups).
         """
         sigma = (self.rows() if _is_rows(group) else self.groups(group))["sigma"].to_numpy()
-        unit = self.fit.std_errors / self.fit.sigma
+        unit = np.sqrt(np.diag(self.fit._unscaled_vcov))
         return self._frame(group, self._shift(group) / (sigma[:, None] * unit))
 
     def _shift(self, group: Any) -> np.ndarray:

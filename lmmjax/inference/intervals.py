@@ -7,7 +7,7 @@ fixed effects are t intervals with the fit's degrees of freedom.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -39,23 +39,40 @@ def confint(
     criterion: str | None,
     n: int,
     seed: int,
-    kind: str,
-    df: str | None,
+    kind: str | None,
+    beta: Mapping[str, Any],
 ) -> pd.DataFrame:
-    """The table of ``Fit.confint``."""
+    """The table of ``Fit.confint``; ``beta`` are options of ``Fit.coef_table``."""
     if method not in METHODS:
         raise LmmError(f"method={method!r} is unknown; expected one of {', '.join(METHODS)}.")
-    if criterion is not None and method != "profile":
-        raise LmmError(
-            f"found criterion={criterion!r} with method={method!r}; expected it with "
-            "method='profile' alone."
-        )
+    _check_options(method, {"criterion": criterion, "kind": kind, **beta})
     check_level(level)
     names = _wanted(fit, parm)
     if method == "bootstrap":
-        return fit.bootstrap(n, seed).confint(level, kind, names)
-    frame = wald(fit, level, df) if method == "wald" else None
+        return fit.bootstrap(n, seed).confint(level, kind or "percentile", names)
+    frame = wald(fit, level, beta) if method == "wald" else None
     return profile(fit, level, names, criterion) if frame is None else frame.loc[names]
+
+
+#: the method of intervals that an option belongs to, and the value that says nothing
+OPTIONS = {
+    "criterion": ("profile", None),
+    "kind": ("bootstrap", None),
+    "df": ("wald", None),
+    "information": ("wald", None),
+    "second_order": ("wald", True),
+}
+
+
+def _check_options(method: str, given: Mapping[str, Any]) -> None:
+    """Refuse options of another method."""
+    for name, value in given.items():
+        owner, silent = OPTIONS[name]
+        if method != owner and value is not silent:
+            raise LmmError(
+                f"found {name}={value!r} with method={method!r}; expected it with "
+                f"method={owner!r} alone."
+            )
 
 
 def parameter_names(fit: Fit) -> list[str]:
@@ -98,7 +115,7 @@ def estimates(fit: Fit) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------
 
 
-def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
+def wald(fit: Fit, level: float, beta: Mapping[str, Any]) -> pd.DataFrame:
     """Wald intervals of all parameters; NaN for SDs of 0 and correlations of 1 or -1.
 
     The rest of a singular fit has the intervals of the model on the active face.
@@ -113,7 +130,7 @@ def wald(fit: Fit, level: float, df: str | None) -> pd.DataFrame:
         with np.errstate(over="ignore"):
             return np.where(is_cor, np.tanh(x), np.exp(np.where(is_cor, 0.0, x)))
 
-    table = fit.coef_table(df, level)
+    table = fit.coef_table(level=level, **beta)
     residual = fit.residual_intervals(level)
     low = np.concatenate([back(value - half), residual["low"], table["ci_low"]])
     high = np.concatenate([back(value + half), residual["high"], table["ci_high"]])

@@ -28,8 +28,10 @@ class LikelihoodMethods:
         criterion: str | None = None,
         n: int = 1000,
         seed: int = 0,
-        kind: str = "percentile",
+        kind: str | None = None,
         df: str | None = None,
+        information: str | None = None,
+        second_order: bool = True,
     ) -> pd.DataFrame:
         """Confidence intervals of variance parameters and fixed effects.
 
@@ -47,9 +49,9 @@ class LikelihoodMethods:
             Profiled for variance parameters; default: that of the fit. Fixed effects are always
             profiled by ML, as REML integrates them out; ``attrs["note"]`` says so.
         n, seed, kind
-            Of the bootstrap; kind "percentile" or "studentized".
-        df : str, optional
-            Degrees of freedom of Wald intervals of β.
+            Of the bootstrap; kind "percentile" (default) or "studentized".
+        df, information, second_order
+            Of Wald intervals of β, as :meth:`lmmjax.Fit.coef_table`.
 
         Returns
         -------
@@ -58,6 +60,11 @@ class LikelihoodMethods:
             ``cor_Days.(Intercept)|Subject``, ``sigma``, residual parameters, fixed effects.
             Estimates are those of the fit; with another ``criterion``, variance parameters are its
             optimum.
+
+        Raises
+        ------
+        LmmError
+            Unknown names; options of another method than the one asked for.
 
         Notes
         -----
@@ -77,7 +84,8 @@ class LikelihoodMethods:
         """
         from lmmjax.inference.intervals import confint
 
-        return confint(self._fit, method, level, parm, criterion, n, seed, kind, df)
+        beta = {"df": df, "information": information, "second_order": second_order}
+        return confint(self._fit, method, level, parm, criterion, n, seed, kind, beta)
 
     def profile(
         self,

@@ -1,7 +1,8 @@
 """Estimated marginal means, their contrasts, and trends of a covariate; see grid.py.
 
 Everything is a matrix L of combinations of grid rows, judged by the method of degrees of freedom in
-use. A combination that needs a cell which the data do not determine is NaN, with a warning.
+use. A combination that the data do not determine (empty cells) is NaN, with a warning; others of
+the same cells are not.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ STEP = 1e-3
 
 
 class Combinations(NamedTuple):
-    """Averages of the grid: one row of ``L`` per combination of the levels of ``names``."""
+    """Averages of the grid: one row per combination of the levels of ``names``."""
 
     names: tuple[str, ...]
     levels: list[tuple[str, ...]]
-    L: np.ndarray  # (r, p), NaN where not estimable
+    rows: grids.Rows  # full model rows, estimable or not
 
 
 def names_of(specs: Any) -> tuple[str, ...]:
@@ -76,14 +77,13 @@ def _average(design: Design, grid: grids.Grid, names: Sequence[str], weights: st
     rest = [i for i in range(len(known)) if i not in mine]
     w = _weights(design, grid, rest) if weights == "proportional" else np.ones(len(grid.cells))
     shapes = [range(len(grid.factors[n])) for n in names]
-    levels, rows = [], []
+    levels, shares = [], []
     for combination in itertools.product(*reversed(shapes)):
         wanted = np.array(combination[::-1], int)
         here = np.all(grid.cells[:, mine] == wanted, axis=1)
-        share = w[here] / w[here].sum()
-        rows.append(share[share > 0] @ grid.rows[here][share > 0])
+        shares.append(np.where(here, w, 0.0) / w[here].sum())
         levels.append(tuple(grid.factors[n][i] for n, i in zip(names, wanted, strict=True)))
-    return Combinations(tuple(names), levels, np.array(rows))
+    return Combinations(tuple(names), levels, grid.rows.combine(np.array(shares)))
 
 
 def _weights(design: Design, grid: grids.Grid, rest: list[int]) -> np.ndarray:
@@ -106,17 +106,22 @@ def trends(
     step = STEP * float(np.ptp(column))
     up = _average(design, grids.build(design, at, {var: step}), names, weights)
     down = _average(design, grids.build(design, at, {var: -step}), names, weights)
-    return up._replace(L=(up.L - down.L) / (2 * step))
+    return up._replace(rows=up.rows.slope(down.rows, 2 * step))
 
 
 def interaction_note(
-    design: Design, names: Sequence[str], at: Mapping[str, Any] | None = None
+    design: Design,
+    names: Sequence[str],
+    at: Mapping[str, Any] | None = None,
+    trend: str | None = None,
 ) -> str | None:
     """What is averaged over though it interacts with what is asked for, in words.
 
-    As emmeans' note on involvement in interactions; what ``at`` holds at one value is not averaged.
+    As emmeans' note on involvement in interactions; what ``at`` holds at one value is not averaged,
+    nor is the covariate of a trend.
     """
     held = {c for c, value in (at or {}).items() if len(grids.as_list(value)) == 1}
+    asked = [*names, *([] if trend is None or trend in names else [trend])]
     terms = design.spec.parsed.terms
     known = zip(terms.variables, terms.nodes, strict=True)
     nodes = {text: {x.id for x in names_in(node)} for text, node in known}
@@ -124,103 +129,131 @@ def interaction_note(
     others: dict[str, None] = {}
     for variables in design.spec.term_variables.values():
         used = {c for v in variables for c in nodes[v] & raw}
-        if len(used) > 1 and used & set(names):
-            others |= dict.fromkeys(sorted(used - set(names) - held))
-    return NOTE.format(", ".join(others), ", ".join(names)) if others else None
+        if len(used) > 1 and used & set(asked):
+            others |= dict.fromkeys(sorted(used - set(asked) - held))
+    return NOTE.format(", ".join(others), ", ".join(asked)) if others else None
 
 
-def noted(
-    frame: pd.DataFrame, design: Design, names: Sequence[str], at: Mapping[str, Any] | None
-) -> pd.DataFrame:
-    """The frame with :func:`interaction_note` in its ``attrs``, if there is one."""
-    note = interaction_note(design, names, at)
-    if note is not None:
-        frame.attrs["note"] = note
+def noted(frame: pd.DataFrame, *notes: str | None) -> pd.DataFrame:
+    """The frame with those notes that say something in its ``attrs``."""
+    said = [n for n in (frame.attrs.get("note"), *notes) if n is not None]
+    if said:
+        frame.attrs["note"] = "; ".join(said)
     return frame
 
 
 # -- tables -----------------------------------------------------------------------------------
 
 
-def judged(m: Method, L: np.ndarray, shift: float, level: float) -> pd.DataFrame:
-    """``coef_table``'s columns for the rows of L; NaN rows where not estimable, with a warning."""
+def judged(
+    m: Method, design: Design, rows: grids.Rows, shift: float, level: float
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """``coef_table``'s columns for combined rows, and these in the columns of the fit.
+
+    NaN rows where not estimable, with a warning. What no coefficient enters (the contrast of slopes
+    without interaction) is 0 with a standard error of 0, and nothing to test.
+    """
     import pandas as pd
 
+    L = grids.estimable_rows(design, rows)
     known = np.all(np.isfinite(L), axis=1)
     if not known.all():
         warnings.warn(
             f"{int(np.sum(~known))} of {len(L)} results are not estimable (empty cells) and are "
             "NaN; restrict the levels with at=, or drop the interaction.",
             EstimabilityWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
-    table = tables.t_table(
-        L[known] @ m.beta + shift,
-        m.std_errors(L[known]),
-        m.degrees(L[known]),
-        list(np.flatnonzero(known)),
-        level,
-    )
-    return pd.DataFrame(table.reindex(range(len(L)))).astype(float)
+    empty = ~np.any(L != 0, axis=1)
+    used = L[known & ~empty]
+    names: list[Any] = np.flatnonzero(known & ~empty).tolist()
+    estimate, se = used @ m.beta + shift, m.std_errors(used)
+    table = tables.t_table(estimate, se, m.degrees(used), names, level)
+    table = pd.DataFrame(table.reindex(range(len(L)))).astype(float)
+    table.loc[empty, ["estimate", "std_error"]] = [shift, 0.0]
+    return table, L
 
 
-def frame(m: Method, c: Combinations, what: str, shift: float, level: float) -> pd.DataFrame:
+def frame(
+    m: Method, design: Design, c: Combinations, what: str, shift: float, level: float
+) -> pd.DataFrame:
     """One column a factor, then the estimate under the name ``what``, SE, df and interval."""
     import pandas as pd
 
-    table = judged(m, c.L, shift, level).rename(columns={"estimate": what})
-    labels = pd.DataFrame(c.levels, columns=list(c.names), index=range(len(c.L)))
+    table = judged(m, design, c.rows, shift, level)[0].rename(columns={"estimate": what})
+    labels = pd.DataFrame(c.levels, columns=list(c.names), index=range(len(c.levels)))
     return pd.concat([labels, table[[what, "std_error", "df", "ci_low", "ci_high"]]], axis=1)
 
 
 # -- contrasts --------------------------------------------------------------------------------
 
 
+class Family(NamedTuple):
+    """Contrasts that are adjusted together: their places, and how many means they compare."""
+
+    rows: slice
+    means: int
+
+
 def compare(
     m: Method,
+    design: Design,
     c: Combinations,
     n_by: int,
     method: Any,
     adjust: str | None,
     seed: int = 0,
     ref: Any = None,
+    level: float | None = None,
 ) -> pd.DataFrame:
-    """Contrasts of the means of each combination of the last ``n_by`` factors, family by family."""
+    """Contrasts of the means of each combination of the last ``n_by`` factors, family by family.
+
+    With ``level`` the limits of simultaneous intervals too.
+    """
     import pandas as pd
 
-    own = len(c.names) - n_by
-    families = list(dict.fromkeys(lv[own:] for lv in c.levels))
     adjust = _default(method) if adjust is None else adjustment.check(adjust)
     _check_family(adjust, method)
-    labels, rows, sizes = [], [], []
-    for family in families:
-        members = [i for i, lv in enumerate(c.levels) if lv[own:] == family]
-        made = coefficients([" ".join(c.levels[i][:own]) for i in members], method, ref)
-        for text, weights in made.items():
-            labels.append((text, *family))
-            used = weights != 0
-            rows.append(weights[used] @ c.L[members][used])
-        sizes.append((len(made), len(members)))
-    L = np.array(rows).reshape(-1, len(m.beta))
-    table = judged(m, L, 0.0, 0.95)
-    p, errors = [], []
-    for at, (count, means) in zip(_starts(sizes), sizes, strict=True):
-        part = table.iloc[at : at + count]
-        found = _adjusted(m, L[at : at + count], part, adjust, means, seed)
-        p.append(found.p)
-        errors.append(found.mc_se)
-    table["p_value"] = np.concatenate([np.zeros(0), *p])
-    text = pd.DataFrame(labels, columns=["contrast", *c.names[own:]], index=range(len(rows)))
+    labels, families, weights = _families(c, n_by, method, ref)
+    table, L = judged(m, design, c.rows.combine(weights), 0.0, 0.95)
+    error = 0.0
+    for f in families:
+        part, rows = table.iloc[f.rows], L[f.rows]
+        found = _adjusted(m, rows, part, adjust, f.means, seed)
+        error = max(error, found.mc_se)
+        if level is not None:
+            c_value = _critical(m, rows, part["df"].to_numpy(float), adjust, f.means, level, seed)
+            half = c_value * part["std_error"].to_numpy()
+            table.loc[part.index, "ci_low"] = part["estimate"].to_numpy() - half
+            table.loc[part.index, "ci_high"] = part["estimate"].to_numpy() + half
+        table.loc[part.index, "p_value"] = found.p
     columns = ["estimate", "std_error", "df", "statistic", "p_value"]
+    columns += ["ci_low", "ci_high"] if level is not None else []
+    shown = ["contrast", *c.names[len(c.names) - n_by :]]
+    text = pd.DataFrame(labels, columns=shown, index=range(len(labels)))
     out = pd.concat([text, table[columns]], axis=1)
     out.attrs["adjust"] = adjust
     if adjust in adjustment.JOINT:
-        out.attrs["mc_se"] = max(errors, default=0.0)
-    return out
+        out.attrs["mc_se"] = error
+    return noted(out, adjustment.INTERVALS.get(adjust)) if level is not None else out
 
 
-def _starts(sizes: list[tuple[int, int]]) -> list[int]:
-    return [0, *itertools.accumulate(count for count, _ in sizes)][:-1]
+def _families(
+    c: Combinations, n_by: int, method: Any, ref: Any
+) -> tuple[list[tuple[str, ...]], list[Family], np.ndarray]:
+    """Labels of all contrasts, their families, and the weights of the combinations (r, m)."""
+    own = len(c.names) - n_by
+    labels: list[tuple[str, ...]] = []
+    families, weights = [], [np.zeros((0, len(c.levels)))]
+    for condition in dict.fromkeys(lv[own:] for lv in c.levels):
+        members = [i for i, lv in enumerate(c.levels) if lv[own:] == condition]
+        made = coefficients([" ".join(c.levels[i][:own]) for i in members], method, ref)
+        families.append(Family(slice(len(labels), len(labels) + len(made)), len(members)))
+        labels += [(text, *condition) for text in made]
+        wide = np.zeros((len(made), len(c.levels)))
+        wide[:, members] = np.array(list(made.values())).reshape(-1, len(members))
+        weights.append(wide)
+    return labels, families, np.concatenate(weights)
 
 
 def _adjusted(
@@ -236,6 +269,21 @@ def _adjusted(
     own = L[known]
     out[known], error = simultaneous.adjust(t[known], df[known], own @ m.vcov @ own.T, seed)
     return simultaneous.Adjusted(out, error)
+
+
+def _critical(
+    m: Method, L: np.ndarray, df: np.ndarray, adjust: str, means: int, level: float, seed: int
+) -> np.ndarray:
+    """Half widths of a family's intervals in standard errors, (r,); NaN where not estimable."""
+    known, out = ~np.isnan(df), np.full(len(L), np.nan)
+    if not known.any():
+        return out
+    if adjust in adjustment.JOINT:
+        cov = L[known] @ m.vcov @ L[known].T
+        out[known] = simultaneous.quantile(df[known], cov, level, seed)
+    else:
+        out[known] = adjustment.critical(adjust, level, df[known], means)
+    return out
 
 
 def _check_family(adjust: str, method: Any) -> None:

@@ -19,6 +19,7 @@ from lmmjax.inference.information import Tables
 from lmmjax.inference.likelihood_methods import LikelihoodMethods
 from lmmjax.inference.linear import Directions
 from lmmjax.precision import in_float64
+from lmmjax.tables import check_level
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,8 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
     Wherever ``df=`` can be said it is one of ``"satterthwaite"``, ``"kenward-roger"`` (REML fits
     only; ``information="expected"`` as pbkrtest or ``"observed"`` as SAS), ``"residual"`` (n - p),
     ``"containment"`` (nlme's inner-outer rule, nested factors) and ``"wald"`` (infinite). It is by
-    default that of the fit. Linear models have n - p degrees of freedom by every method but Wald.
+    default that of the fit. Linear models have n - p degrees of freedom by every method but Wald,
+    and standard errors with RSS/(n - p) by ML and REML: t and F are exact.
     """
 
     # -- coefficients -----------------------------------------------------------------------------
@@ -53,8 +55,9 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         Parameters
         ----------
         kind : {"model", "kenward-roger", "robust"}
-            σ²(X'V⁻¹X)⁻¹ at the estimates; Kenward and Roger's adjustment of it (REML only); the
-            sandwich by group.
+            σ²(X'V⁻¹X)⁻¹ at the estimates, in linear models with σ² = RSS/(n - p) by ML too, so
+            that t and F are exact (as ``lm`` and ``nlme::gls``); Kenward and Roger's adjustment of
+            it (REML only); the sandwich by group.
         information : {"expected", "observed"}, optional
             For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's.
         second_order : bool
@@ -84,7 +87,7 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         import pandas as pd
 
         if kind == "model":
-            V = self._fit.sigma**2 * self._fit._unscaled_vcov
+            V = self._fit._model_vcov
         elif kind == "kenward-roger":
             V = hypothesis.method(self._fit, "kenward-roger", information, second_order).vcov
         elif kind == "robust":
@@ -186,10 +189,12 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
 
         Parameters
         ----------
-        L : array (r, p) or (p,), DataFrame, str or list of str
+        L : array (r, p) or (p,), DataFrame, Series, dict, str or list of these
             A matrix, with the columns of ``beta``, or of all columns with the aliased ones (then
-            each row must be estimable); or words: ``"Days = 10"``,
-            ``"MachineB - MachineC = 0, MachineB = 8"``.
+            each row must be estimable). A frame, a Series or a dict with text labels is read by
+            them, whatever their order, coefficients without a label having weight 0:
+            ``{"MachineB": 1, "MachineC": -1}``; without labels by position. Or words:
+            ``"Days = 10"``, ``"MachineB - MachineC = 0, MachineB = 8"``.
         rhs : float or array (r,)
             Right-hand sides, for a matrix.
         df, information, second_order
@@ -308,7 +313,7 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
                 for t, f in tests.items()
             }
         table = hypothesis.f_frame(tests)
-        mean = np.array([t.statistic / t.scaling for t in tests.values()]) * fit.sigma**2
+        mean = np.array([t.statistic / t.scaling for t in tests.values()]) * fit._sigma2
         table.insert(0, "mean_sq", mean.astype(float))
         table.insert(0, "sum_sq", table["mean_sq"] * table["num_df"])
         return table.rename_axis("term")
@@ -326,6 +331,9 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         level: float = 0.95,
         information: str | None = None,
         second_order: bool = True,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """Estimated marginal means of factors.
 
@@ -340,6 +348,8 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         at : dict, optional
             Values of covariates (their means by default) or levels of factors.
         level : float
+        vcov, group, correction
+            As :meth:`coef_table`.
 
         Returns
         -------
@@ -354,12 +364,12 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         """
         from lmmjax.inference import means
 
-        m = hypothesis.method(self._fit, df, information, second_order)
+        m = self._method(df, information, second_order, vcov, group, correction)
         design = self._fit.model.design
         names = (*means.names_of(specs), *means.names_of(by))
         c = means.averages(design, names, weights, at)
-        out = means.frame(m, c, "emmean", float(np.mean(design.offset)), level)
-        return means.noted(out, design, names, at)
+        out = means.frame(m, design, c, "emmean", float(np.mean(design.offset)), level)
+        return means.noted(out, means.interaction_note(design, names, at))
 
     def emtrends(
         self,
@@ -372,6 +382,9 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         level: float = 0.95,
         information: str | None = None,
         second_order: bool = True,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """Slopes in a covariate for each level of ``by``, at the other covariates' means.
 
@@ -383,9 +396,11 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         """
         from lmmjax.inference import means
 
-        m = hypothesis.method(self._fit, df, information, second_order)
-        c = means.trends(self._fit.model.design, var, means.names_of(by), weights, at)
-        return means.frame(m, c, f"{var}.trend", 0.0, level)
+        m = self._method(df, information, second_order, vcov, group, correction)
+        design, names = self._fit.model.design, means.names_of(by)
+        c = means.trends(design, var, names, weights, at)
+        out = means.frame(m, design, c, f"{var}.trend", 0.0, level)
+        return means.noted(out, means.interaction_note(design, names, at, var))
 
     def contrasts(
         self,
@@ -402,6 +417,10 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         second_order: bool = True,
         seed: int = 0,
         ref: Any = None,
+        level: float | None = None,
+        vcov: str | None = None,
+        group: Any = None,
+        correction: str = "CR2",
     ) -> pd.DataFrame:
         """Contrasts of marginal means, or of trends.
 
@@ -423,26 +442,43 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
             The control of ``method="control"`` if it is not the first level.
         trend : str, optional
             Compare slopes in this covariate instead of means.
-        df, information, second_order, weights, at
+        level : float, optional
+            Given: the limits ``ci_low ci_high`` of intervals that hold together at this level in
+            each family: Tukey's by the studentized range, "dunnett" and "mvt" by their equal
+            quantile, Bonferroni's; "holm" and "bh" have none of their own and take Bonferroni's (as
+            emmeans; ``attrs["note"]`` says so); with "none" each interval has the level itself.
+        df, information, second_order, weights, at, vcov, group, correction
             As :meth:`emmeans`.
 
         Returns
         -------
         DataFrame
-            ``contrast``, the columns of ``by``, ``estimate std_error df statistic p_value``.
-            ``attrs["note"]`` names what is averaged over though it interacts.
+            ``contrast``, the columns of ``by``, ``estimate std_error df statistic p_value`` and
+            with ``level`` the limits. ``attrs["note"]`` names what is averaged over though it
+            interacts.
+
+        Warns
+        -----
+        EstimabilityWarning
+            Contrasts that the data do not determine are NaN.
+
+        Notes
+        -----
+        A quantile of Tukey's takes 0.1 s for each different number of degrees of freedom.
         """
         from lmmjax.inference import means
 
-        m = hypothesis.method(self._fit, df, information, second_order)
+        if level is not None:
+            check_level(level)
+        m = self._method(df, information, second_order, vcov, group, correction)
         design, conditions = self._fit.model.design, means.names_of(by)
         names = (*means.names_of(specs), *conditions)
         if trend is None:
             c = means.averages(design, names, weights, at)
         else:
             c = means.trends(design, trend, names, weights, at)
-        out = means.compare(m, c, len(conditions), method, adjust, seed, ref)
-        return means.noted(out, design, names, at)
+        out = means.compare(m, design, c, len(conditions), method, adjust, seed, ref, level)
+        return means.noted(out, means.interaction_note(design, names, at, trend))
 
     # -- variances --------------------------------------------------------------------------------
 

@@ -57,10 +57,7 @@ def adjust(statistic: np.ndarray, df: np.ndarray, cov: np.ndarray, seed: int = 0
     >>> round(float(found.p[0]), 3)
     0.137
     """
-    size = np.sqrt(np.diag(cov))
-    e, Q = np.linalg.eigh(cov / np.outer(size, size))
-    kept = e > RANK * e[-1]
-    B = Q[:, kept] * np.sqrt(e[kept])
+    B = _root(cov)
     k = B.shape[1]
     most = _largest(B, seed)
     p, se = np.empty(len(statistic)), np.zeros(len(statistic))
@@ -69,6 +66,41 @@ def adjust(statistic: np.ndarray, df: np.ndarray, cov: np.ndarray, seed: int = 0
         p[i] = by_block.mean()
         se[i] = by_block.std(ddof=1) / np.sqrt(len(by_block)) if len(by_block) > 1 else 0.0
     return Adjusted(np.minimum(p, 1.0), float(se.max(initial=0.0)))
+
+
+def quantile(df: np.ndarray, cov: np.ndarray, level: float, seed: int = 0) -> np.ndarray:
+    """The c with P(max_j |T_j| < c) = ``level``, for each degrees of freedom: (r,).
+
+    By the directions of :func:`adjust`: with equal ``seed`` an interval of half width c standard
+    errors leaves out what has an adjusted p-value below 1 - level, and no more.
+
+    Examples
+    --------
+    >>> quantile(np.array([np.inf]), np.eye(2), 0.95).round(3).tolist()
+    [2.236]
+    """
+    from scipy import optimize, stats
+
+    B = _root(cov)
+    k, most = B.shape[1], _largest(B, seed)
+    values, back = np.unique(np.round(df, 7), return_inverse=True)
+    out = np.empty(len(values))
+    for i, nu in enumerate(values):
+        low, high = (stats.t.ppf(1 - (1 - level) / (2 * n), nu) for n in (1, len(cov)))
+
+        def excess(c: float, nu: float = nu) -> float:
+            return float(_tail(c**2 / (k * most), k, nu).mean()) - (1 - level)
+
+        out[i] = optimize.brentq(excess, 0.95 * low, 1.05 * high, xtol=1e-10)
+    return out[back.ravel()]
+
+
+def _root(cov: np.ndarray) -> np.ndarray:
+    """B with BB' the correlation, of full column rank."""
+    size = np.sqrt(np.diag(cov))
+    e, Q = np.linalg.eigh(cov / np.outer(size, size))
+    kept = e > RANK * e[-1]
+    return Q[:, kept] * np.sqrt(e[kept])
 
 
 def _largest(B: np.ndarray, seed: int) -> np.ndarray:
