@@ -56,7 +56,9 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
             σ²(X'V⁻¹X)⁻¹ at the estimates; Kenward and Roger's adjustment of it (REML only); the
             sandwich by group.
         information : {"expected", "observed"}, optional
-            For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's.
+            For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's. They differ most in a
+            singular fit: "expected" treats a variance estimated at 0 as uncertain (Dyestuff2: 5
+            degrees of freedom), "observed" leaves it out as SAS and Satterthwaite do (29).
         second_order : bool
             For Kenward-Roger: include the second derivatives of V (mmrm's "Kenward-Roger") or not
             ("Kenward-Roger-Linear", SAS's FIRSTORDER). They depend on the parametrisation, which is
@@ -560,13 +562,10 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         key = (information, second_order)
         if key not in self._adjustments:
             fit, (e, _, sigma2) = self._fit, self._variance_tables
-            if information == "expected":
-                info = kr.expected_information(e)
-            else:
-                info = variances.observed_information(fit)
+            W = variances.covariance(fit, information)
             curved = functools.partial(variances.second_order, fit) if second_order else None
             units = fit.model._units
-            a = kr.adjust(e, sigma2, info, curved)
+            a = kr.adjust(e, sigma2, W, curved)
             self._adjustments[key] = kr.change_units(a, units.scale * units.A)
         return self._adjustments[key]
 
