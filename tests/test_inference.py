@@ -27,11 +27,13 @@ from lmmjax.inference import (
     hypothesis,
     information,
     linear,
+    robust,
     variances,
     words,
 )
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.inference.information import Tables
+from lmmjax.residual.covariance import relative_sd
 
 
 @functools.cache
@@ -61,6 +63,12 @@ def tables_of(name: str) -> pd.DataFrame:
 @functools.cache
 def formula_fit(formula: str, data: str, method: str = "REML") -> lmm.Fit:
     return lmm.Model(formula, tables_of(data)).fit(method=method)
+
+
+@functools.cache
+def sleepstudy_ar1() -> lmm.Fit:
+    data = lmm.load_dataset("sleepstudy")
+    return lmm.Model("Reaction ~ Days + (1 | Subject)", data, residual="ar1(Days | Subject)").fit()
 
 
 def reference(name: str, folder: str = "tests") -> dict[str, Any]:
@@ -315,18 +323,20 @@ def test_observed_information_is_half_the_hessian_with_nonlinear_structures_too(
 
 
 @pytest.mark.parametrize(
-    ("formula", "residual"),
+    "term",
     [
-        ("Reaction ~ Days + (Days | Subject)", None),
-        pytest.param("Reaction ~ Days + cs(1 + Days | Subject)", None, marks=pytest.mark.slow),
-        ("Reaction ~ Days + (1 | Subject)", "ar1(Days | Subject)"),
+        "(Days | Subject)",
+        pytest.param("cs(1 + Days | Subject)", marks=pytest.mark.slow),
+        "ar1",
     ],
 )
-def test_face_of_an_interior_fit_is_the_observed_information(
-    formula: str, residual: str | None
-) -> None:
+def test_face_of_an_interior_fit_is_the_observed_information(term: str) -> None:
     """W from the Hessian in θ of the profiled criterion, and from that in (V, ω, φ)."""
-    fit = lmm.Model(formula, lmm.load_dataset("sleepstudy"), residual=residual).fit()
+    fit = (
+        sleepstudy_ar1()
+        if term == "ar1"
+        else formula_fit(f"Reaction ~ Days + {term}", "sleepstudy")
+    )
     e, nu = fit._variance_tables[0], fit.n_obs - len(fit.beta)
     got = kr.on_the_face(e, variances._slopes(fit), fit._hessian_s, nu)
     want = variances.covariance(fit, "observed")
@@ -770,6 +780,81 @@ def test_cr2_is_unbiased_under_the_model_and_its_df_are_satterthwaite() -> None:
     table = fit.coef_table(vcov="robust")
     assert table["df"].iloc[2] == pytest.approx(want, rel=1e-7)
     assert np.isinf(fit.coef_table("wald", vcov="robust")["df"]).all()
+
+
+def dense_sandwich(fit: lmm.Fit, codes: np.ndarray, correction: str) -> robust.Sandwich:
+    """Group by group with V_i, n_i x n_i."""
+    d, p, m = fit.model.design, fit.model.design.p, codes.max() + 1
+    M = fit.sigma**2 * fit._unscaled_vcov
+    variance = (fit.sigma * relative_sd(d.residual, fit.phi, d.weights)) ** 2
+    e = d.y - d.offset - d.X @ fit._beta
+    scores, K, D = np.zeros((m, p)), np.zeros((m, p, p)), np.zeros((m, p, p))
+    for i in range(m):
+        own = np.flatnonzero(codes == i)
+        X, V = d.X[own], np.diag(variance[own])
+        for t, cov in zip(d.terms, fit._term_covs(), strict=True):
+            V += (t.codes[own, None] == t.codes[own]) * (t.z[own] @ cov @ t.z[own].T)
+        AWX = np.linalg.solve(V, X)
+        if correction == "CR2":
+            AWX = robust._corrector(V[None], X[None], M)[0] @ AWX
+        scores[i], K[i], D[i] = AWX.T @ e[own], X.T @ AWX, AWX.T @ V @ AWX
+    factor = m / (m - 1) if correction == "CR1" else 1.0
+    return robust.Sandwich(factor * M @ scores.T @ scores @ M, M, K, D)
+
+
+@functools.cache
+def large_groups() -> pd.DataFrame:
+    """8 groups of 120 rows; classes nested in them, days that cross the classes within a group."""
+    rng = np.random.default_rng(5)
+    g, n = np.repeat(np.arange(8), 120), 960
+    x, w, (c, day) = rng.normal(size=n), rng.choice(2, n), rng.integers(0, [[5], [3]], (2, n))
+    b = rng.normal(size=(8, 2))
+    y = x + b[g, 0] + b[g, 1] * x + rng.normal(size=n)
+    y += rng.normal(size=(8, 5))[g, c] + rng.normal(size=(8, 3))[g, day]
+    words = {k: [f"{i}.{j}" for i, j in zip(g, v, strict=True)] for k, v in (("c", c), ("d", day))}
+    return pd.DataFrame({"y": y, "x": x, "arm": g % 2, "g": g.astype(str), "w": 1.0 + w, **words})
+
+
+@pytest.mark.parametrize(
+    ("formula", "options"),
+    [
+        ("y ~ x + arm + (x | g)", {}),
+        ("y ~ x + arm + (1 | g) + (1 | c)", {"weights": "w"}),
+        ("y ~ x + arm", {}),
+        pytest.param("y ~ x + (1 | g) + (x | c) + (1 | d)", {}, marks=pytest.mark.slow),
+        pytest.param("y ~ x + (x | g)", {"residual": "varident(arm)"}, marks=pytest.mark.slow),
+    ],
+)
+def test_sandwich_of_large_groups_equals_dense_algebra(
+    formula: str, options: dict[str, str]
+) -> None:
+    """The rotated rows stand for all, whatever the correction: nested, crossed, weighted."""
+    data = large_groups()
+    fit = lmm.Model(formula, data, **options).fit()
+    codes = data["g"].astype(int).to_numpy()
+    L = np.eye(len(fit.beta))
+    for correction in ("CR0", "CR1", "CR2"):
+        got, want = robust.sandwich(fit, codes, correction), dense_sandwich(fit, codes, correction)
+        for a, b in ((got.vcov, want.vcov), (got.K, want.K), (got.D, want.D)):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9 * np.max(np.abs(b)))
+        np.testing.assert_allclose(got.degrees(L), want.degrees(L), rtol=1e-8)
+        np.testing.assert_allclose(got.joint(L[1:]), want.joint(L[1:]), rtol=1e-8)
+
+
+def test_sandwich_refuses_dense_matrices_that_are_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Different variances leave CR2 nothing to reduce; CR1 needs none of it."""
+    monkeypatch.setattr(robust, "MOST", 100)
+    data = large_groups()
+    w = data["w"] + np.arange(len(data)) / 1000
+    fit = lmm.Model("y ~ x + arm + (x | g)", data, weights=w.to_numpy()).fit()
+    with pytest.raises(LmmError, match=r"dense matrix of 120 rows; expected at most 100.*'CR1'"):
+        fit.vcov("robust")
+    assert np.isfinite(fit.vcov("robust", correction="CR1").to_numpy()).all()
+    monkeypatch.setattr(robust, "MOST", 5)
+    with pytest.raises(LmmError, match="with correlated residuals"):
+        sleepstudy_ar1().vcov("robust", correction="CR0")
 
 
 def test_cr2_of_single_rows_is_hc2() -> None:
