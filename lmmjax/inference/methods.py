@@ -60,11 +60,12 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
             singular fit: "expected" treats a variance estimated at 0 as uncertain (Dyestuff2: 5
             degrees of freedom), "observed" leaves it out as SAS and Satterthwaite do (29).
         second_order : bool
-            For Kenward-Roger: include the second derivatives of V (mmrm's "Kenward-Roger") or not
-            ("Kenward-Roger-Linear", SAS's FIRSTORDER). They depend on the parametrisation, which is
+            For Kenward-Roger: include the second derivatives of V (SAS's default) or not (SAS's
+            FIRSTORDER, mmrm's "Kenward-Roger-Linear"). They depend on the parametrisation, which is
             SAS's, and vanish where V is linear in variances and covariances: all structures of
             random terms but ``cs`` with own variances; of residuals ``cs toep symm un varident``
-            (:mod:`lmmjax.residual.parameters`).
+            (:mod:`lmmjax.residual.parameters`). mmrm's "Kenward-Roger" takes them in parameters of
+            its own: the same df, standard errors 7e-5 apart (ar1 on its example data).
         group : str or array (n_obs,), optional
             For the sandwich: independent groups; by default the outermost grouping factor or
             residual subject, rows in a linear model.
