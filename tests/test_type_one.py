@@ -122,8 +122,7 @@ def test_wald_tests_of_a_variance_do_not_exceed_their_level() -> None:
 def test_mixture_of_two_variances_is_nominal() -> None:
     """``(x || g)`` against the linear model, weights by simulation; χ² with 2 df is conservative.
 
-    Self and Liang's limit is approached from below: with few groups more than half of the estimates
-    of a variance are 0.
+    The mixture is a limit in the number of groups, so a rate below 5 % is allowed for.
     """
     data = frame(40, 6)
     data["x"] -= data["x"].mean()
