@@ -23,6 +23,7 @@ from benchmarks.problems import FOLDER, GROWTH, PROBLEMS, Problem, every
 SCRIPTS = {
     "large": ("Larger than memory", ("--rows", "20000000")),
     "kenward_roger": ("Kenward-Roger", ()),
+    "profile": ("Profile likelihood", ()),
     "mmrm": ("Unstructured MMRM, 1,000 subjects x 10 visits", ()),
 }
 SECTIONS = ("problems", "growth", "cold", "threads", "iterative", *SCRIPTS)

@@ -21,9 +21,20 @@ import lmmjax as lmm
 from lmmjax import gram as grams
 from lmmjax import likelihood as lk
 from lmmjax.errors import EstimabilityWarning, LmmError
-from lmmjax.inference import adjust, anova, components, hypothesis, information, linear, words
+from lmmjax.inference import (
+    adjust,
+    anova,
+    components,
+    hypothesis,
+    information,
+    linear,
+    robust,
+    variances,
+    words,
+)
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.inference.information import Tables
+from lmmjax.residual.covariance import relative_sd
 
 
 @functools.cache
@@ -53,6 +64,12 @@ def tables_of(name: str) -> pd.DataFrame:
 @functools.cache
 def formula_fit(formula: str, data: str, method: str = "REML") -> lmm.Fit:
     return lmm.Model(formula, tables_of(data)).fit(method=method)
+
+
+@functools.cache
+def sleepstudy_ar1() -> lmm.Fit:
+    data = lmm.load_dataset("sleepstudy")
+    return lmm.Model("Reaction ~ Days + (1 | Subject)", data, residual="ar1(Days | Subject)").fit()
 
 
 def reference(name: str, folder: str = "tests") -> dict[str, Any]:
@@ -125,6 +142,8 @@ def test_every_case_equals_r(name: str) -> None:
     [
         "kr_ratpup_treatment",
         "kr_sleepstudy_days",
+        pytest.param("kr_cake_interaction", marks=pytest.mark.slow),
+        pytest.param("kr_sim_psych", marks=pytest.mark.slow),
         pytest.param("kr_machines_machine", marks=pytest.mark.slow),
     ],
 )
@@ -220,7 +239,7 @@ def test_linear_models_of_batches_and_of_the_bootstrap_have_the_same_errors() ->
 
 
 @pytest.mark.parametrize("name", ["pastry_dough", "sleepstudy_uncorr"])
-def test_observed_information_equals_sas(name: str) -> None:
+def test_observed_information_equals_sas_and_expected_pbkrtest(name: str) -> None:
     case = reference(name, "sas")
     data = pd.DataFrame(case["table"]) if "table" in case else lmm.load_dataset(case["data"])
     fit = lmm.Model(case["formula"], data).fit()
@@ -231,8 +250,10 @@ def test_observed_information_equals_sas(name: str) -> None:
     same(got["std_error"], want["se"], 1e-5)
     same(got["df"], want["df"], 1e-4)
     same(fit.coef_table().loc[order, "df"], case["satterthwaite"]["df"], 1e-4)
-    expected = fit.coef_table(df="kenward-roger").loc[order, "df"]
-    assert np.max(np.abs(expected / got["df"] - 1)) > 1e-3  # the two informations differ
+    expected, of = fit.coef_table(df="kenward-roger").loc[order], case["kenward_roger_expected"]
+    same(expected["std_error"], of["se"], 1e-5)
+    same(expected["df"], of["df"], 1e-5)
+    assert np.max(np.abs(expected["df"] / got["df"] - 1)) > 1e-3  # the two informations differ
 
 
 # -- nlme: containment ----------------------------------------------------------------------------
@@ -350,6 +371,41 @@ def test_observed_information_is_half_the_hessian_with_nonlinear_structures_too(
     np.testing.assert_allclose(components.parameter_covariance(fit), want, rtol=1e-5, atol=1e-8)
     adjusted = [fit.vcov("kenward-roger", second_order=x).to_numpy() for x in (True, False)]
     assert np.max(np.abs(adjusted[0] / adjusted[1] - 1)) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        "(Days | Subject)",
+        pytest.param("cs(1 + Days | Subject)", marks=pytest.mark.slow),
+        "ar1",
+    ],
+)
+def test_face_of_an_interior_fit_is_the_observed_information(term: str) -> None:
+    """W from the Hessian in θ of the profiled criterion, and from that in (V, ω, φ)."""
+    fit = (
+        sleepstudy_ar1()
+        if term == "ar1"
+        else formula_fit(f"Reaction ~ Days + {term}", "sleepstudy")
+    )
+    e, nu = fit._variance_tables[0], fit.n_obs - len(fit.beta)
+    got = kr.on_the_face(e, variances._slopes(fit), fit._hessian_s, nu)
+    want = variances.covariance(fit, "observed")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.max(np.abs(want)))
+
+
+def test_observed_information_of_a_singular_fit_is_that_of_the_active_face() -> None:
+    """A variance at 0 drops out, as in SAS: the tests are those of the model without it."""
+    fit = case_fit("dyestuff2_singular_reml")
+    row = fit.coef_table(df="kenward-roger", information="observed").iloc[0]
+    without = formula_fit("Yield ~ 1", "Dyestuff2").coef_table().iloc[0]
+    pd.testing.assert_series_equal(row, without, rtol=1e-7)
+    assert row["df"] == pytest.approx(29)
+    assert fit.coef_table(df="kenward-roger")["df"].item() == pytest.approx(5)
+    # a correlation of 1: of one row, the df are Satterthwaite's, whose face is the same
+    one = case_fit("sim_corr1_singular_reml")
+    got = one.coef_table(df="kenward-roger", information="observed")["df"]
+    np.testing.assert_allclose(got, one.coef_table()["df"], rtol=1e-6)
 
 
 def test_second_order_is_nothing_where_v_is_linear() -> None:
@@ -625,7 +681,15 @@ STATS = {"emmean", "age.trend", "SE", "df", "t.ratio", "z.ratio", "p.value"}
 
 
 @pytest.mark.parametrize(
-    "name", ["emm_cake_temperature_by_recipe", "emm_machines_factor_slope", "emtrends_orthodont"]
+    "name",
+    [
+        "emm_cake_temperature_by_recipe",
+        "emm_ergostool_type",
+        "emm_machines_factor_slope",
+        "emtrends_orthodont",
+        pytest.param("emm_alfalfa_date", marks=pytest.mark.slow),
+        pytest.param("emm_machines", marks=pytest.mark.slow),
+    ],
 )
 def test_marginal_means_equal_emmeans(name: str) -> None:
     case = reference(name)
@@ -816,6 +880,7 @@ def test_adjusted_p_values() -> None:
     [
         pytest.param("r2_sim_nested3", marks=pytest.mark.slow),
         "r2_sim_weights",
+        "r2_sleepstudy_ri",
         "r2_sleepstudy_slope",
     ],
 )
@@ -915,6 +980,81 @@ def test_cr2_is_unbiased_under_the_model_and_its_df_are_satterthwaite() -> None:
     table = fit.coef_table(vcov="robust")
     assert table["df"].iloc[2] == pytest.approx(want, rel=1e-7)
     assert np.isinf(fit.coef_table("wald", vcov="robust")["df"]).all()
+
+
+def dense_sandwich(fit: lmm.Fit, codes: np.ndarray, correction: str) -> robust.Sandwich:
+    """Group by group with V_i, n_i x n_i."""
+    d, p, m = fit.model.design, fit.model.design.p, codes.max() + 1
+    M = fit.sigma**2 * fit._unscaled_vcov
+    variance = (fit.sigma * relative_sd(d.residual, fit.phi, d.weights)) ** 2
+    e = d.y - d.offset - d.X @ fit._beta
+    scores, K, D = np.zeros((m, p)), np.zeros((m, p, p)), np.zeros((m, p, p))
+    for i in range(m):
+        own = np.flatnonzero(codes == i)
+        X, V = d.X[own], np.diag(variance[own])
+        for t, cov in zip(d.terms, fit._term_covs(), strict=True):
+            V += (t.codes[own, None] == t.codes[own]) * (t.z[own] @ cov @ t.z[own].T)
+        AWX = np.linalg.solve(V, X)
+        if correction == "CR2":
+            AWX = robust._corrector(V[None], X[None], M)[0] @ AWX
+        scores[i], K[i], D[i] = AWX.T @ e[own], X.T @ AWX, AWX.T @ V @ AWX
+    factor = m / (m - 1) if correction == "CR1" else 1.0
+    return robust.Sandwich(factor * M @ scores.T @ scores @ M, M, K, D)
+
+
+@functools.cache
+def large_groups() -> pd.DataFrame:
+    """8 groups of 120 rows; classes nested in them, days that cross the classes within a group."""
+    rng = np.random.default_rng(5)
+    g, n = np.repeat(np.arange(8), 120), 960
+    x, w, (c, day) = rng.normal(size=n), rng.choice(2, n), rng.integers(0, [[5], [3]], (2, n))
+    b = rng.normal(size=(8, 2))
+    y = x + b[g, 0] + b[g, 1] * x + rng.normal(size=n)
+    y += rng.normal(size=(8, 5))[g, c] + rng.normal(size=(8, 3))[g, day]
+    words = {k: [f"{i}.{j}" for i, j in zip(g, v, strict=True)] for k, v in (("c", c), ("d", day))}
+    return pd.DataFrame({"y": y, "x": x, "arm": g % 2, "g": g.astype(str), "w": 1.0 + w, **words})
+
+
+@pytest.mark.parametrize(
+    ("formula", "options"),
+    [
+        ("y ~ x + arm + (x | g)", {}),
+        ("y ~ x + arm + (1 | g) + (1 | c)", {"weights": "w"}),
+        ("y ~ x + arm", {}),
+        pytest.param("y ~ x + (1 | g) + (x | c) + (1 | d)", {}, marks=pytest.mark.slow),
+        pytest.param("y ~ x + (x | g)", {"residual": "varident(arm)"}, marks=pytest.mark.slow),
+    ],
+)
+def test_sandwich_of_large_groups_equals_dense_algebra(
+    formula: str, options: dict[str, str]
+) -> None:
+    """The rotated rows stand for all, whatever the correction: nested, crossed, weighted."""
+    data = large_groups()
+    fit = lmm.Model(formula, data, **options).fit()
+    codes = data["g"].astype(int).to_numpy()
+    L = np.eye(len(fit.beta))
+    for correction in ("CR0", "CR1", "CR2"):
+        got, want = robust.sandwich(fit, codes, correction), dense_sandwich(fit, codes, correction)
+        for a, b in ((got.vcov, want.vcov), (got.K, want.K), (got.D, want.D)):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9 * np.max(np.abs(b)))
+        np.testing.assert_allclose(got.degrees(L), want.degrees(L), rtol=1e-8)
+        np.testing.assert_allclose(got.joint(L[1:]), want.joint(L[1:]), rtol=1e-8)
+
+
+def test_sandwich_refuses_dense_matrices_that_are_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Different variances leave CR2 nothing to reduce; CR1 needs none of it."""
+    monkeypatch.setattr(robust, "MOST", 100)
+    data = large_groups()
+    w = data["w"] + np.arange(len(data)) / 1000
+    fit = lmm.Model("y ~ x + arm + (x | g)", data, weights=w.to_numpy()).fit()
+    with pytest.raises(LmmError, match=r"dense matrix of 120 rows; expected at most 100.*'CR1'"):
+        fit.vcov("robust")
+    assert np.isfinite(fit.vcov("robust", correction="CR1").to_numpy()).all()
+    monkeypatch.setattr(robust, "MOST", 5)
+    with pytest.raises(LmmError, match="with correlated residuals"):
+        sleepstudy_ar1().vcov("robust", correction="CR0")
 
 
 def test_cr2_of_single_rows_is_hc2() -> None:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from reference_cases import REFERENCE
 
@@ -91,10 +92,11 @@ def test_statistic_of_zero_has_p_one_by_every_method() -> None:
     with pytest.warns(lmm.SingularFitWarning):
         big = fit("Yield ~ 1 + (1 | Batch)", "Dyestuff2")
     small = fit("Yield ~ 1", "Dyestuff2")
-    for method in ("mixture", "exact", "bootstrap"):
+    expected = reference("vc_dyestuff2_zero")["expected"]
+    for method in ("chi2", "mixture", "exact", "bootstrap"):
         result = lmm.lrt(small, big, method=method, n=200)
-        assert result.statistic == 0
-        assert result.p_value == 1
+        assert result.statistic == expected["lrt"] == 0
+        assert result.p_value == expected["p_naive"] == expected["p_mixture_50_50"] == 1
 
 
 SLOPES = ["", " + (1 | Subject)", " + (Days || Subject)", " + (Days | Subject)"]
@@ -169,6 +171,27 @@ def test_table_of_random_terms_equals_ranova() -> None:
     assert list(both.index) == ["<none>", "(1 | Subject)", "(0 + Days | Subject)"]
     same = lmm.lrt(slopes()[1], slopes()[2], method="mixture")
     assert both["p_value"].iloc[2] == pytest.approx(same.p_value, rel=1e-6)
+    assert list(both["note"]) == ["", "", ""]
+
+
+def test_table_of_random_terms_keeps_the_rows_that_can_be_tested() -> None:
+    """Without g the model is singular (h has no variance): the mixture is refused there alone."""
+    rng = np.random.default_rng(0)
+    g, h, x = np.repeat(np.arange(10), 10), np.tile(np.arange(10), 10), rng.normal(size=100)
+    y = x + rng.normal(size=10)[g] + rng.normal(size=100)
+    data = pd.DataFrame({"y": y, "x": x, "g": g.astype(str), "h": h.astype(str)})
+    with pytest.warns(lmm.SingularFitWarning):
+        big = lmm.Model("y ~ x + (1 | g) + (1 | h)", data).fit()
+    got = big.ranova("mixture")
+    assert list(got.index) == ["<none>", "(1 | g)", "(1 | h)"]
+    assert np.isnan(got.loc["(1 | g)", "p_value"])
+    assert "smaller model is singular" in got.loc["(1 | g)", "note"]
+    chi2 = big.ranova()
+    assert got.loc["(1 | g)", "statistic"] == chi2.loc["(1 | g)", "statistic"] > 10
+    assert got.loc["(1 | h)", ["statistic", "p_value", "note"]].tolist() == [0.0, 1.0, ""]
+    assert np.isfinite(chi2["p_value"].iloc[1:]).all()
+    with pytest.raises(lmm.ComparisonError, match="found 2 parameters under test"):
+        slopes()[3].ranova("exact")  # its only row is refused
 
 
 # -- the distributions themselves -----------------------------------------------------------------

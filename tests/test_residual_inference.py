@@ -270,6 +270,35 @@ def test_kenward_roger_equals_sas(case: dict[str, Any]) -> None:
     assert got["std_error"] / linear["std_error"] - 1 == pytest.approx(change, rel=1e-2, abs=1e-8)
 
 
+def test_second_order_of_mmrm_is_that_of_its_own_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """R_ij is all that differs from SAS: with ψ = (log SD, ρ/√(1-ρ²)) it is mmrm's."""
+    want, row = given()["mmrm"], given()["coefficient"]
+
+    def of_mmrm(k: Any, phi: Any, W: Any) -> Any:
+        def psi(eta: Any) -> Any:
+            rho = k.structure.family.natural(eta[1:])[0]
+            return jnp.stack([0.5 * jnp.log(eta[0]), rho / jnp.sqrt(1 - rho**2)])
+
+        eta = jnp.concatenate([jnp.ones(1), phi])
+        return -jnp.linalg.solve(jax.jacfwd(psi)(eta), expansion.weighted_second(psi, eta, W))
+
+    fit = lmm.Model(given()["formula"], cases.fev(), residual=want["residual"]).fit()
+    options = {"df": "kenward-roger", "information": "observed"}
+    linear = fit.coef_table(**options, second_order=False).loc[row]
+    assert linear["df"] == pytest.approx(want["df"], rel=1e-5)
+    assert linear["std_error"] == pytest.approx(want["se_linear"], rel=1e-6)
+    monkeypatch.setattr(parameters, "bend", of_mmrm)
+    got = fit.coef_table(**options).loc[row, "std_error"]
+    assert got == pytest.approx(want["se"], rel=1e-6)
+    monkeypatch.undo()
+    ours = fev_fit(want["residual"]).coef_table(**options).loc[row, "std_error"]
+    # the term itself is -0.00208 of the standard error in mmrm's parameters, -0.00201 in SAS's
+    assert got / linear["std_error"] - 1 == pytest.approx(-0.002080, abs=2e-6)
+    assert ours / linear["std_error"] - 1 == pytest.approx(-0.002006, abs=2e-6)
+
+
 @pytest.mark.parametrize("case", by_sas("empirical", ()))
 def test_sandwich_equals_sas(case: dict[str, Any]) -> None:
     """Empirical standard errors of PROC MIXED are CR0 by subject."""

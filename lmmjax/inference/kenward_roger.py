@@ -10,7 +10,9 @@ For H0: Lβ = c with q rows, Θ = L'(LΦL')⁻¹L, A₁ = Σ W_ij tr(ΘΦP_iΦ)t
 A₂ = Σ W_ij tr(ΘΦP_iΦΘΦP_jΦ) lead to λF ~ F(q, m), F = (Lβ̂ - c)'(LΦ_AL')⁻¹(Lβ̂ - c)/q.
 
 W⁻¹ is the expected information ½ tr(P G_i P G_j), P = V⁻¹ - V⁻¹XΦX'V⁻¹ (pbkrtest), or the observed
-one, half the Hessian of the REML criterion (SAS): both legitimate, and different.
+one, half the Hessian of the REML criterion (SAS): both legitimate, and different. Of a singular fit
+the expected information keeps all parameters (pbkrtest), the observed one is that of the active
+face: parameters at 0 are known to be 0 (SAS; :func:`on_the_face`).
 
 R = V - ZΣZ' lies in the span of V and the G_k, and the adjustment does not depend on the basis of
 that span: V itself stands for the residual variance, for which all tables are known.
@@ -23,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmmjax import determined
 from lmmjax.inference.information import Tables
 
 INFORMATION = ("expected", "observed")
@@ -128,10 +131,34 @@ def inverse(information: np.ndarray) -> np.ndarray:
     return np.linalg.pinv(unit, rcond=1e-12, hermitian=True) / np.outer(size, size)
 
 
+def on_the_face(e: Extended, J: np.ndarray, hessian: np.ndarray, nu: float) -> np.ndarray:
+    """Covariance W of the parameters (V, ω) from the Hessian in θ, (1 + K, 1 + K).
+
+    With σ̂²(θ) = r²(θ)/ν and H the Hessian of the profiled deviance, Var θ̂ = 2H⁻¹ and
+    log σ̂² = log r²(θ)/ν + an independent part of variance 2/ν. Inside the parameter space W is the
+    inverse of :func:`observed_information`. On its boundary the slope of the criterion is not 0 in
+    ω and half its Hessian in ω is no information; in θ it is, and a variance of 0 has no slope.
+
+    Parameters
+    ----------
+    J : (K, n_theta)
+        Slopes of (ω, φ), relative to σ², in (θ, φ).
+    hessian : (n_theta, n_theta)
+        Directions that it does not determine are left out.
+    nu : float
+        n - p (REML) or n (ML).
+    """
+    slope = -np.einsum("m,kmn,n->k", e.v, e.S1[1:], e.v) / e.r2
+    both = np.vstack([slope @ J, J])
+    W = 2.0 * both @ determined.inverse(hessian)[0] @ both.T
+    W[0, 0] += 2.0 / nu
+    return W
+
+
 def adjust(
     e: Extended,
     sigma2: float,
-    information: np.ndarray,
+    W: np.ndarray,
     curved: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Adjustment:
     """Φ, Φ_A and what the tests need, in units where σ² has the value ``sigma2``.
@@ -140,13 +167,13 @@ def adjust(
     ----------
     e : Extended
     sigma2 : float
-    information : (1 + K, 1 + K)
-        In units of σ² = 1, for the parameters (V, ω).
+    W : (1 + K, 1 + K)
+        Covariance of the parameters (V, ω), in units of σ² = 1.
     curved : callable, optional
         W -> Σ_ij W_ij R_ij (p, p) of structures that are not linear, W for the parameters (V, ω);
         see :func:`second_order`.
     """
-    p, W = e.p, inverse(information)
+    p = e.p
     S1, S2 = e.S1[:, :p, :p], e.S2[:, :, :p, :p]
     inner = np.einsum("ij,ijab->ab", W, S2)
     inner = inner - np.einsum("ij,iab,bc,jcd->ad", W, S1, e.M, S1, optimize=True)

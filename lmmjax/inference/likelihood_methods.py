@@ -132,7 +132,13 @@ class LikelihoodMethods:
         DataFrame
             Index ``<none>`` (the fit), then ``(1 | g)`` for terms that are dropped and
             ``x in (x | g)`` for those that lose a variable; ``n_params loglik aic statistic df
-            p_value``.
+            p_value note``. Where ``method`` does not apply to a row its p-value is NaN and the note
+            says why.
+
+        Raises
+        ------
+        ComparisonError
+            No random term, a streamed table, or a method that applies to none of the rows.
 
         Examples
         --------

@@ -59,13 +59,16 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
             that t and F are exact (as ``lm`` and ``nlme::gls``); Kenward and Roger's adjustment of
             it (REML only); the sandwich by group.
         information : {"expected", "observed"}, optional
-            For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's.
+            For Kenward-Roger: as pbkrtest, or as SAS. Default: the fit's. They differ most in a
+            singular fit: "expected" treats a variance estimated at 0 as uncertain (Dyestuff2: 5
+            degrees of freedom), "observed" leaves it out as SAS and Satterthwaite do (29).
         second_order : bool
-            For Kenward-Roger: include the second derivatives of V (mmrm's "Kenward-Roger") or not
-            ("Kenward-Roger-Linear", SAS's FIRSTORDER). They depend on the parametrisation, which is
+            For Kenward-Roger: include the second derivatives of V (SAS's default) or not (SAS's
+            FIRSTORDER, mmrm's "Kenward-Roger-Linear"). They depend on the parametrisation, which is
             SAS's, and vanish where V is linear in variances and covariances: all structures of
             random terms but ``cs`` with own variances; of residuals ``cs toep symm un varident``
-            (:mod:`lmmjax.residual.parameters`).
+            (:mod:`lmmjax.residual.parameters`). mmrm's "Kenward-Roger" takes them in parameters of
+            its own: the same df, standard errors 7e-5 apart (ar1 on its example data).
         group : str or array (n_obs,), optional
             For the sandwich: independent groups; by default the outermost grouping factor or
             residual subject, rows in a linear model.
@@ -596,13 +599,10 @@ class InferenceMethods(LikelihoodMethods, DiagnosticMethods):
         key = (information, second_order)
         if key not in self._adjustments:
             fit, (e, _, sigma2) = self._fit, self._variance_tables
-            if information == "expected":
-                info = kr.expected_information(e)
-            else:
-                info = variances.observed_information(fit)
+            W = variances.covariance(fit, information)
             curved = functools.partial(variances.second_order, fit) if second_order else None
             units = fit.model._units
-            a = kr.adjust(e, sigma2, info, curved)
+            a = kr.adjust(e, sigma2, W, curved)
             self._adjustments[key] = kr.change_units(a, units.scale * units.A)
         return self._adjustments[key]
 

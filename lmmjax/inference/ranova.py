@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmmjax.errors import ComparisonError, SingularFitWarning
-from lmmjax.inference.lrt import lrt
+from lmmjax.inference.lrt import LikelihoodRatio, lrt
 from lmmjax.late import Made, replaced
 from lmmjax.terms import patterns
 from lmmjax.texts import given
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lmmjax.fit import Fit
     from lmmjax.model import Model
 
-COLUMNS = ("n_params", "loglik", "aic", "statistic", "df", "p_value")
+COLUMNS = ("n_params", "loglik", "aic", "statistic", "df", "p_value", "note")
 
 
 def ranova(fit: Fit, method: str, n: int | None, seed: int) -> pd.DataFrame:
@@ -40,15 +40,31 @@ def ranova(fit: Fit, method: str, n: int | None, seed: int) -> pd.DataFrame:
             "found a model without random effects, so there is no random term to test; expected "
             "one or more. Compare residual structures by lmmjax.lrt(small, big)."
         )
-    rows = {"<none>": (fit.n_params, fit.loglik, fit.aic, np.nan, np.nan, np.nan)}
+    rows = {"<none>": (fit.n_params, fit.loglik, fit.aic, np.nan, np.nan, np.nan, "")}
+    refused = []
     for label, terms, specs in _reductions(fit.model):
         small = _refit(fit, terms, specs, label)
-        test = lrt(small, fit, method, n=n, seed=seed)
-        rows[label] = (
-            *(small.n_params, small.loglik, small.aic),
-            *(test.statistic, test.df, test.p_value),
-        )
+        try:
+            tested = _tested(lrt(small, fit, method, n=n, seed=seed))
+        except ComparisonError as reason:
+            refused.append(reason)
+            tested = (*_ratio(small, fit), np.nan, f"not available: {reason}")
+        rows[label] = (small.n_params, small.loglik, small.aic, *tested)
+    if len(refused) == len(rows) - 1:
+        raise refused[0]
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).rename_axis("term")
+
+
+def _tested(test: LikelihoodRatio) -> tuple[float, float, float, str]:
+    return test.statistic, test.df, test.p_value, ""
+
+
+def _ratio(small: Fit, fit: Fit) -> tuple[float, float]:
+    """Statistic and degrees of freedom where the p-value is refused; NaN where they are too."""
+    try:
+        return _tested(lrt(small, fit))[:2]
+    except ComparisonError:
+        return np.nan, np.nan
 
 
 def _refit(fit: Fit, terms: tuple[Any, ...], specs: tuple[Any, ...], label: str) -> Fit:

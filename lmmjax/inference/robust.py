@@ -22,19 +22,29 @@ D = Ω^{-1/2}LV_RL'Ω^{-1/2} and η = q(q + 1)/Σ_st Var(D_st),
 P^st as P with h of the rows s and t of Ω^{-1/2}L. For one row η = ν.
 
 V is that of the model, structured residuals included; groups must contain whole subjects of them.
+
+No matrix of size n_i is formed with independent residuals. Rows of one group with one variance c
+have V_i = cI + ZΣZ' there; with [X_i Z] = QF, Q orthonormal, V_i leaves span(Q) invariant and is cI
+beside it, where B_i = c²I and A_i = I. So (X_i, Z, e_i) may be replaced by (Q'X_i, Q'Z, Q'e_i):
+p + q_i rows instead of n_i give the same CR2, exactly, at O(n_i (p + q_i)²). CR0 and CR1 do not
+change when rows are scaled, so all variances are made 1 first; and where all is nested in the
+groups they need only the cross-products of each group after elimination (deletion.py). A_i of
+unequal variances has no such form: each value in a group is reduced by itself, and where all differ
+nothing is gained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lmmjax.errors import DataError, DesignError, LmmError
 from lmmjax.gram import LevelSums
-from lmmjax.residual.covariance import blocks
+from lmmjax.inference import deletion
+from lmmjax.residual.covariance import blocks, relative_sd
 
 if TYPE_CHECKING:
     from lmmjax.design import Design
@@ -44,6 +54,10 @@ CORRECTIONS = ("CR0", "CR1", "CR2")
 
 #: entries of V_i held at once
 CHUNK = 2_000_000
+
+#: rows of a group (after their reduction, where there is one) from which it is not batched with
+#: others of its size, and at most
+LARGE, MOST = 64, deletion.MOST
 
 #: a robust standard error below this part of the model's is 0 but for rounding
 VANISHED = 1e-8
@@ -124,11 +138,14 @@ def sandwich(fit: Fit, group: Any = None, correction: str = "CR2") -> Sandwich:
     ------
     LmmError, DataError, DesignError
         Unknown correction or group; a group that splits a level of a random effect or a residual
-        subject; a variance that is 0 but for rounding, as with too few groups.
+        subject; a variance that is 0 but for rounding, as with too few groups; groups that need
+        dense matrices of more than ``MOST`` rows.
 
     Notes
     -----
-    A second pass over the rows: O(Σ n_i³) for CR2, batched over groups of equal size.
+    A second pass over the rows: O(n (p + S)²), then O(Σ k_i³) with k_i = min(n_i, p + q_i) for CR2;
+    the cube falls away for CR0 and CR1 of nested designs. Correlated residuals, and CR2 where the
+    rows of a group differ in variance: k_i = n_i.
     """
     if correction not in CORRECTIONS:
         raise LmmError(f"correction={correction!r} is unknown; expected one of {CORRECTIONS}.")
@@ -137,20 +154,38 @@ def sandwich(fit: Fit, group: Any = None, correction: str = "CR2") -> Sandwich:
     if m < 2:
         raise DesignError("a robust covariance needs at least 2 groups; found 1.")
     M = fit.sigma**2 * fit._unscaled_vcov
-    residual = design.y - design.offset - design.X @ fit._beta
-    p = design.p
-    scores, K, D = np.zeros((m, p)), np.zeros((m, p, p)), np.zeros((m, p, p))
-    for which, rows in _batches(codes, m):
-        X, V = design.X[rows], _marginal(fit, rows)
-        WX = np.linalg.solve(V, X)
-        AWX = _corrector(V, X, M) @ WX if correction == "CR2" else WX
-        scores[which] = np.einsum("cnp,cn->cp", AWX, residual[rows])
-        K[which] = np.swapaxes(X, 1, 2) @ AWX
-        D[which] = np.swapaxes(AWX, 1, 2) @ V @ AWX
+    if correction == "CR2" or fit.model.is_structured or not _all_nested(design):
+        scores, K, D = _by_blocks(fit, codes, m, M, correction)
+    else:
+        scores, K, D = _by_elimination(fit, codes, m)
     factor = m / (m - 1) if correction == "CR1" else 1.0
     found = Sandwich(factor * M @ scores.T @ scores @ M, M, K, D)
-    found.check(np.eye(p))
+    found.check(np.eye(design.p))
     return found
+
+
+Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _by_elimination(fit: Fit, codes: np.ndarray, m: int) -> Sums:
+    """X_i'W_ie_i and X_i'W_iX_i of CR0 from the cross-products of the groups after elimination."""
+    found = deletion.groups(fit, codes, m)
+    back = np.linalg.inv(found.root)
+    K = back.T @ found.T @ back
+    return found.t @ back, K, K
+
+
+def _by_blocks(fit: Fit, codes: np.ndarray, m: int, M: np.ndarray, correction: str) -> Sums:
+    """What :class:`Sandwich` is made of, from V_i of the groups."""
+    p = len(M)
+    scores, K, D = np.zeros((m, p)), np.zeros((m, p, p)), np.zeros((m, p, p))
+    for which, X, V, e in _blocks(fit, codes, m, correction):
+        WX = np.linalg.solve(V, X)
+        AWX = _corrector(V, X, M) @ WX if correction == "CR2" else WX
+        scores[which] = np.einsum("cnp,cn->cp", AWX, e)
+        K[which] = np.swapaxes(X, 1, 2) @ AWX
+        D[which] = np.swapaxes(AWX, 1, 2) @ V @ AWX
+    return scores, K, D
 
 
 def _corrector(V: np.ndarray, X: np.ndarray, M: np.ndarray) -> np.ndarray:
@@ -164,27 +199,180 @@ def _corrector(V: np.ndarray, X: np.ndarray, M: np.ndarray) -> np.ndarray:
     return (half * root[:, None]) @ np.swapaxes(half, 1, 2)
 
 
-def _marginal(fit: Fit, rows: np.ndarray) -> np.ndarray:
-    """V_i of groups of one size: (c, n) row numbers -> (c, n, n)."""
+# -------------------------------------------------------------------------------------------------
+# V_i of groups, of their rows or of what stands for them
+# -------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Rows, or rotations of rows that share their group, their variance and all levels."""
+
+    X: np.ndarray  # (n, p)
+    e: np.ndarray  # y - offset - Xβ̂, (n,)
+    z: list[np.ndarray]  # of each term, (n, S)
+    codes: list[np.ndarray]
+    variance: np.ndarray  # (n,)
+    group: np.ndarray
+
+    def at(self, rows: np.ndarray) -> Rows:
+        """Some of them."""
+        z, codes = ([a[rows] for a in x] for x in (self.z, self.codes))
+        return Rows(self.X[rows], self.e[rows], z, codes, self.variance[rows], self.group[rows])
+
+
+def _blocks(
+    fit: Fit, codes: np.ndarray, m: int, correction: str
+) -> Iterator[tuple[Any, np.ndarray, np.ndarray, np.ndarray]]:
+    """Groups, and their X_i (c, n, p), V_i (c, n, n) and residuals (c, n), rotated."""
+    design, covs = fit.model.design, fit._term_covs()
+    correlated = design.residual is not None and design.residual.correlated
+    r = _rows(fit, codes, whiten=correction != "CR2" and not correlated)
+    r = r if correlated else _reduced(r)
+    for which, rows in _batches(r.group, m):
+        if rows.shape[1] > LARGE and not correlated:
+            for one, own in zip(which, rows, strict=True):
+                X, V, e = _one(r.at(own), covs)
+                yield [one], X[None], V[None], e[None]
+            continue
+        _check_size(rows.shape[1], "correlated residuals")
+        if correlated:
+            V = fit.sigma**2 * blocks(design.residual, fit.phi, design.weights, rows)
+        else:
+            V = r.variance[rows][:, :, None] * np.eye(rows.shape[1])
+        for z, code, cov in zip(r.z, r.codes, covs, strict=True):
+            own = z[rows]
+            alike = code[rows][:, :, None] == code[rows][:, None]
+            V += alike * (own @ cov @ np.swapaxes(own, 1, 2))
+        yield which, r.X[rows], V, r.e[rows]
+
+
+def _rows(fit: Fit, codes: np.ndarray, whiten: bool) -> Rows:
     design = fit.model.design
-    V = fit.sigma**2 * blocks(design.residual, fit.phi, design.weights, rows)
-    for term, cov in zip(design.terms, fit._term_covs(), strict=True):
-        z, codes = term.z[rows], term.codes[rows]
-        V += (codes[:, :, None] == codes[:, None]) * (z @ cov @ np.swapaxes(z, 1, 2))
-    return V
+    sd = fit.sigma * relative_sd(design.residual, fit.phi, design.weights)
+    e = design.y - design.offset - design.X @ fit._beta
+    z, levels = [t.z for t in design.terms], [t.codes for t in design.terms]
+    if not whiten:
+        return Rows(design.X, e, z, levels, sd**2, codes)
+    by = 1.0 / sd[:, None]
+    one = np.ones(design.n)
+    return Rows(design.X * by, e * by[:, 0], [a * by for a in z], levels, one, codes)
 
 
-def _batches(codes: np.ndarray, m: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(groups, their rows) for groups of one size, at most CHUNK entries of V at once."""
+def _reduced(r: Rows) -> Rows:
+    """Rows of one group, one variance and the same levels of all terms as p + S rotated ones."""
+    p, widths = r.X.shape[1], [a.shape[1] for a in r.z]
+    k = p + sum(widths)
+    cell = np.zeros(len(r.e), int)
+    for labels in (r.group, r.variance, *r.codes):
+        own = np.unique(labels, return_inverse=True)[1].ravel()
+        cell = np.unique(cell * (own.max() + 1) + own, return_inverse=True)[1].ravel()
+    sizes = np.bincount(cell)
+    if sizes.max() <= k:
+        return r
+    few = np.flatnonzero(sizes[cell] <= k)
+    cells = np.flatnonzero(sizes > k)
+    renumbered = np.full(len(sizes), -1)
+    renumbered[cells] = np.arange(len(cells))
+    many = np.flatnonzero(renumbered[cell] >= 0)
+    F, first = np.zeros((len(cells), k, k + 1)), np.zeros(len(cells), int)
+    for which, at in _batches(renumbered[cell[many]], len(cells), k + 1):
+        rows = many[at]
+        F[which] = _triangle(np.concatenate([r.X[rows], *(a[rows] for a in r.z)], 2), r.e[rows])
+        first[which] = rows[:, 0]
+    ends = np.cumsum([p, *widths])
+    parts = [a.reshape(-1, a.shape[2]) for a in np.split(F, ends, axis=2)]
+    kept, stands = r.at(few), np.repeat(first, k)
+    both = lambda a, b: np.concatenate([a, b])  # noqa: E731
+    return Rows(
+        both(kept.X, parts[0]),
+        both(kept.e, parts[-1][:, 0]),
+        [both(a, b) for a, b in zip(kept.z, parts[1:-1], strict=True)],
+        [both(a, b[stands]) for a, b in zip(kept.codes, r.codes, strict=True)],
+        both(kept.variance, r.variance[stands]),
+        both(kept.group, r.group[stands]),
+    )
+
+
+def _triangle(columns: np.ndarray, e: np.ndarray) -> np.ndarray:
+    """Q'[columns e], Q an orthonormal basis of the columns: (c, n, k) -> (c, k, k + 1).
+
+    The triangular factor of [columns e]: the part of e beside the columns is in its last row.
+    """
+    k = columns.shape[2]
+    return np.linalg.qr(np.concatenate([columns, e[:, :, None]], 2), mode="r")[:, :k]
+
+
+def _one(r: Rows, covs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """X_i, V_i and residuals of a large group: of each variance in it p + q_i rows at most."""
+    p, Z, ZS = r.X.shape[1], [], []
+    within = [np.unique(codes, return_inverse=True) for codes in r.codes]
+    q = sum(len(levels) * z.shape[1] for (levels, _), z in zip(within, r.z, strict=True))
+    _check_size(min(len(r.e), p + q), MANY)
+    for z, (levels, at), cov in zip(r.z, within, covs, strict=True):
+        wide = np.zeros((len(z), len(levels), z.shape[1]))
+        wide[np.arange(len(z)), at.ravel()] = z
+        Z.append(wide.reshape(len(z), -1))
+        ZS.append(np.kron(np.eye(len(levels)), cov))
+    columns, e = np.concatenate([r.X, *Z], 1), r.e
+    parts, variances = [], []
+    for c in np.unique(r.variance):
+        at = np.flatnonzero(r.variance == c)
+        own, part = columns[at], e[at]
+        used = np.flatnonzero(np.any(own != 0, axis=0))
+        if len(at) > len(used):
+            F = _triangle(own[None][:, :, used], part[None])[0]
+            own, part = np.zeros((len(used), columns.shape[1])), F[:, -1]
+            own[:, used] = F[:, :-1]
+        parts.append(np.column_stack([own, part]))
+        variances.append(np.full(len(own), c))
+    whole, variance = np.concatenate(parts), np.concatenate(variances)
+    _check_size(len(whole), MANY)
+    V, ends = np.diag(variance), p + np.cumsum([0, *(len(s) for s in ZS)])
+    for a, b, S in zip(ends, ends[1:], ZS, strict=False):
+        V += whole[:, a:b] @ S @ whole[:, a:b].T
+    return whole[:, :p], V, whole[:, -1]
+
+
+MANY = "many random effects or different variances"
+
+
+def _check_size(size: int, why: str) -> None:
+    if size > MOST:
+        raise LmmError(
+            f"found a group whose covariance, with {why}, needs a dense matrix of {size} rows; "
+            f"expected at most {MOST}. Use group= for smaller groups, correction='CR1' if it was "
+            "CR2, or leave out 'robust'."
+        )
+
+
+def _batches(
+    codes: np.ndarray, m: int, width: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(groups, their rows) for groups of one size, about CHUNK numbers at once.
+
+    A row has ``width`` numbers, by default as many as the group has rows.
+    """
     order = np.argsort(codes, kind="stable")
     sizes = np.bincount(codes, minlength=m)
     starts = np.cumsum(sizes) - sizes
     for size in np.unique(sizes):
         same = np.flatnonzero(sizes == size)
-        step = max(1, CHUNK // int(size) ** 2)
+        step = max(1, CHUNK // (int(size) * (width or int(size))))
         for a in range(0, len(same), step):
             which = same[a : a + step]
             yield which, order[starts[which][:, None] + np.arange(size)]
+
+
+# -------------------------------------------------------------------------------------------------
+# Groups
+# -------------------------------------------------------------------------------------------------
+
+
+def _all_nested(design: Design) -> bool:
+    """Whether every factor stands in the chain, so that groups are sums over levels."""
+    from lmmjax import gram
+
+    return bool(design.p) and not gram.plan(design, dense=0).layout.core
 
 
 def clusters(design: Design, group: Any) -> tuple[np.ndarray, int]:

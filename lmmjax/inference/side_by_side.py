@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 COLUMNS = ("estimate", "std_error", "df", "statistic", "p_value", "ci_low", "ci_high", "note")
 
+#: what Kenward-Roger makes of the variance parameters on the boundary of a singular fit
+AT_ZERO = {
+    "expected": "variances on the boundary count as uncertain (pbkrtest)",
+    "observed": "variances on the boundary count as known (SAS)",
+}
+
 Row = dict[str, Any]
 
 
@@ -83,6 +89,8 @@ def _wald(fit: Fit, name: str, level: float, df: str, options: dict[str, Any]) -
     used = hypothesis.method(fit, df, **options).name
     alone = ", without grouping factors" if df == "containment" else ""
     note = "" if used == df else f"as {used}{alone}"
+    if used == "kenward-roger" and fit.singular:
+        note = AT_ZERO[options["information"]]
     return _row(fit.coef_table(df, level, **options).loc[name], note)
 
 

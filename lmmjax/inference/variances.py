@@ -18,7 +18,7 @@ import numpy as np
 
 from lmmjax.inference import kenward_roger as kr
 from lmmjax.inference.information import Tables, along, tables
-from lmmjax.inference.linear import Directions, directions
+from lmmjax.inference.linear import Directions, directions, tangent
 from lmmjax.precision import in_float64
 
 if TYPE_CHECKING:
@@ -86,6 +86,34 @@ def observed_information(fit: Fit) -> np.ndarray:
         profiled = fit._hessian_s[-k:, -k:]
         info[-k:, -k:] = 0.5 * (profiled + np.outer(slope, slope) / (nu * sigma2**2))
     return info
+
+
+def covariance(fit: Fit, information: str) -> np.ndarray:
+    """W of the parameters (V, ω, φ) in units of σ² = 1, (1 + K, 1 + K), see kenward_roger.py."""
+    e = fit._variance_tables[0]
+    if information == "expected":
+        return kr.inverse(kr.expected_information(e))
+    if not fit.singular:
+        return kr.inverse(observed_information(fit))
+    nu = fit.n_obs - (e.p if fit.method == "REML" else 0)
+    return kr.on_the_face(e, _slopes(fit), fit._hessian_s, nu)
+
+
+@in_float64
+def _slopes(fit: Fit) -> np.ndarray:
+    """∂(ω, φ)/∂(θ, φ), (K + k, n_theta + k): ω the coefficients of Σ in its tangents."""
+    from scipy.linalg import block_diag
+
+    layout = fit.model._plan.layout
+    blocks = []
+    for s, theta in zip(layout.structures, layout.split(fit._theta_s), strict=True):
+        lam = np.asarray(s.factor(theta))
+        first = tangent(s, lam @ lam.T).first
+        d_lam = np.asarray(jax.jacfwd(s.factor)(jnp.asarray(theta)))
+        half = np.einsum("abk,cb->kac", d_lam, lam)
+        moved = (half + np.swapaxes(half, 1, 2)).reshape(len(half), -1)
+        blocks.append(np.linalg.lstsq(first.reshape(len(first), -1).T, moved.T, rcond=None)[0])
+    return block_diag(*blocks, np.eye(len(fit.phi)))
 
 
 def second_order(fit: Fit, W: np.ndarray) -> np.ndarray:
