@@ -124,7 +124,7 @@ def _solve(model: Model, method: str, free0: Any, key: Any, mesh: Any) -> Soluti
     else:
         layout, the_gram, rhs = model._fitted_arrays[method]
         values = estimate.solve_any(layout, method, the_gram, rhs, free0, optimizer=key)
-    return Solution.of(values, len(free0), model.design.p, layout.p)
+    return Solution.of(values, free0.shape[0], model.design.p, layout.p)
 
 
 def message(fit: Fit) -> str:

@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,16 +223,16 @@ class Layout:
     sparse: bool = False  # products of the chain's one factor with the core are kept by entry
     blocks: int = 1  # equal pieces in which the levels of a factor by itself are gone through
 
-    @property
+    @cached_property
     def n_theta(self) -> int:
         return sum(s.n_theta for s in self.structures)
 
-    @property
+    @cached_property
     def d(self) -> int:
         """Columns of Z in the core."""
         return sum(S * J for _, S, J in self.core)
 
-    @property
+    @cached_property
     def q(self) -> int:
         """Number of random effects."""
         return self.d + sum(S * J for _, S, J in self.chain)
