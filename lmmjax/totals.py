@@ -56,9 +56,9 @@ class Shift:
     mean: Array
     size: Array
 
-    def apply(self, columns: Array) -> Array:
-        """Standardise (n, k) columns."""
-        out = np.empty(columns.shape, order="F")
+    def apply(self, columns: Array, out: Array | None = None) -> Array:
+        """Standardise (n, k) columns, into ``out`` if it is given."""
+        out = np.empty(columns.shape, order="F") if out is None else out
         for j, column in enumerate(columns.T):
             np.subtract(column, self.mean[j], out=out[:, j])
             out[:, j] /= self.size[j]
@@ -100,11 +100,17 @@ class Rough:
     coef: Array  # (P,), fit of y - shift on the shifted columns
     scale: float
 
-    def apply(self, rows: Columns) -> Standardised:
-        """Standardise a batch."""
-        X = self.x.apply(rows.X)
-        y = ((rows.y - self.shift) - X @ self.coef) / self.scale
-        Z = tuple(s.apply(z) for s, z in zip(self.z, rows.Z, strict=True))
+    def apply(self, rows: Columns, space: gram.Workspace | None = None) -> Standardised:
+        """Standardise a batch; in ``space``, it is lost with the next one."""
+        space = gram.Workspace() if space is None else space
+        X = self.x.apply(rows.X, space("X", rows.X.shape[::-1]).T)
+        y = np.subtract(rows.y, self.shift, out=space("y", rows.y.shape))
+        y -= X @ self.coef
+        y /= self.scale
+        Z = tuple(
+            s.apply(z, space(("Z", k), z.shape[::-1]).T)
+            for k, (s, z) in enumerate(zip(self.z, rows.Z, strict=True))
+        )
         return Standardised(X, y, Z, None)  # type: ignore[arg-type]
 
 
@@ -216,7 +222,7 @@ def sum_batch(rows: Columns, plan: Plan, rough: Rough, space: gram.Workspace | N
 
     The part is to be used before the next one is made in the same ``space``.
     """
-    standard = rough.apply(rows)
+    standard = rough.apply(rows, space)
     part = sum_standardised(standard, rows.codes, rows.weights, plan, space)
     part.flat["x"] = standard.X.sum(axis=0)
     part.flat["xx"] = np.einsum("ij,ij->j", standard.X, standard.X)
