@@ -289,6 +289,11 @@ def _fit(options: argparse.Namespace, heard: list[type[Warning]]) -> int:
 
 
 def _the_fit(model: Model, options: argparse.Namespace) -> Fit:
+    if options.information != "expected" and options.df != "kenward-roger":
+        raise LmmError(
+            f"found --information {options.information} with --df {options.df or 'satterthwaite'}; "
+            "expected it with --df kenward-roger, whose information it names."
+        )
     return model.fit(FREQUENTIST[options.method], df=options.df, information=options.information)
 
 

@@ -1161,3 +1161,16 @@ def test_sandwich_refuses_too_few_groups_and_vanishing_scores() -> None:
     with pytest.raises(LmmError, match="vanish"):
         L = np.array([[1.0, 0.0, 1.0]])
         two.test(L, vcov="robust", group=data["Subject"].to_numpy())
+
+
+def test_a_covariate_at_one_value_has_a_mean() -> None:
+    fit = lmm.Model("Reaction ~ Days + (1 | Subject)", lmm.load_dataset("sleepstudy")).fit()
+    one, two = (fit.emmeans("Days", at={"Days": at}) for at in ([1], [1, 2]))
+    assert one["Days"].tolist() == ["1"]
+    assert one["emmean"][0] == pytest.approx(two["emmean"][0], rel=1e-12)
+    assert fit.emmeans("Days", at={"Days": 1})["emmean"][0] == one["emmean"][0]
+    for nothing in ({}, []):
+        with pytest.raises(LmmError, match="expected weights of coefficients"):
+            fit.test(nothing)
+    with pytest.raises(LmmError, match="type='2' is unknown"):
+        fit.anova("2")

@@ -49,7 +49,7 @@ def hypotheses(fit: Fit, kind: int | str) -> dict[str, np.ndarray]:
     """
     kinds: dict[Any, int] = {1: 1, 2: 2, 3: 3, "I": 1, "II": 2, "III": 3}
     if kind not in kinds:
-        found = kind if isinstance(kind, str | int | float) else f"a {type(kind).__name__}"
+        found = repr(kind) if isinstance(kind, str | int | float) else f"a {type(kind).__name__}"
         raise LmmError(
             f"type={found} is unknown; expected 1, 2 or 3. To compare two fits, use "
             "lmmjax.lrt(small, big) or lmmjax.aic_table(...)."

@@ -30,6 +30,8 @@ def hypotheses(design: Design, L: Any, rhs: Any) -> Hypotheses:
         if np.any(np.asarray(rhs, float) != 0):
             raise LmmError("rhs= goes with a matrix; in words write it after the equals sign.")
         return parse(L, design.x_names, design.aliased)
+    if isinstance(L, Sequence | Mapping) and not L:
+        raise LmmError(f"found {L!r} as a hypothesis; expected weights of coefficients.")
     found = _labelled(L)
     names = None if found is None else found.names
     matrix = np.atleast_2d(np.asarray(L, float)) if found is None else _aligned(design, found)

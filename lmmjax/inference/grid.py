@@ -112,7 +112,7 @@ def build(
             f"{', '.join(design.spec.levels)}."
         )
     values, observed = _axes(design, given)
-    factors = {c: v for c, v in values.items() if c in observed or len(v) > 1}
+    factors = {c: v for c, v in values.items() if c in observed or c in given}
     combos = list(itertools.product(*(range(len(v)) for v in reversed(list(values.values())))))
     index = np.array(combos, int).reshape(len(combos), len(values))[:, ::-1]
     moved = values | {c: [x + by for x in values[c]] for c, by in (shift or {}).items()}
