@@ -171,6 +171,7 @@ def test_crossed_refits_equal_refits() -> None:
 @pytest.mark.parametrize(
     "formula", ["Reaction ~ Days + (1 | Subject)", "Reaction ~ Days"], ids=["rows", "patterns"]
 )
+@pytest.mark.slow
 def test_refits_with_a_residual_structure_equal_models_of_the_reduced_data(formula: str) -> None:
     residual = "ar1(Days | Subject)"
     fit, frame = fit_of(formula, "sleepstudy", residual), lmm.load_dataset("sleepstudy")
@@ -187,6 +188,7 @@ def test_refits_with_a_residual_structure_equal_models_of_the_reduced_data(formu
     assert table.loc[level, "cooks_d"] == pytest.approx(cooks, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_structured_refits_within_subjects_and_what_they_cannot_estimate() -> None:
     frame = lmm.load_dataset("sleepstudy")
     frame = frame[frame["Subject"].isin(["308", "309", "310", "330", "331", "332", "333"])]

@@ -639,6 +639,7 @@ def test_profiles_lower_for_cuda() -> None:
 # -- conditional AIC ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_conditional_df_with_residual_parameters_are_those_of_refits() -> None:
     d, residual = visits(), "ar1(visit | id) * varident(arm)"
     fit = lmm.Model("y ~ x + (1 | school)", d, residual=residual).fit()
